@@ -1,0 +1,2289 @@
+"""Intrinsic Prompt Tuning: ~100 tuned soft prompts -> one small non-linear subspace -> new tasks by tuning 250 numbers.
+
+A language model (the backbone) stays frozen. Everything that learns is a table of per-task parameters `theta`:
+
+    theta (tasks, size) -- back_project --> soft prompts (tasks, prompt_length, hidden) --> frozen backbone --> loss per task
+
+    space      back_project                      size                     is
+    prompt     identity                          prompt_length * hidden   prompt tuning
+    subspace   W2 tanh(W1 v + b1) + b2, learned  dim                      intrinsic prompt tuning
+    linear     the same without tanh: PCA        dim                      ablation
+    random     the same network, untrained       dim                      baseline
+
+    command            the paper's stage                  reads             writes
+    ipt collect        prompt tuning                      tasks             soft prompts
+    ipt fit-subspace   multi-task subspace finding, MSF   soft prompts      subspaces
+    ipt tune           intrinsic subspace tuning, IST     subspaces, tasks  intrinsic vectors
+    ipt eval           relative performance, E_rel        all of them       scores
+    ipt run            all four
+
+Paper: Qin et al., "Exploring Universal Intrinsic Task Subspace via Prompt Tuning", arXiv 2110.07867.
+Dimensions in comments: batch, tasks (rows of theta), dim, prompt_length, input_length, target_length, hidden, vocabulary.
+`grep '^# ---' ipt.py` prints the table of contents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import string
+import sys
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property, partial, wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import datasets
+    import numpy as np
+    import torch
+    import transformers
+    from torch import Tensor
+else:
+
+    class _Lazy:
+        """A package that is imported when first used, so that `ipt --help` answers at once."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            value = getattr(importlib.import_module(self._name), attribute)
+            setattr(self, attribute, value)
+            return value
+
+    datasets, np, torch, transformers = map(_Lazy, ("datasets", "numpy", "torch", "transformers"))
+
+TASKS_FILE = Path(__file__).with_name("tasks.yaml")
+TESTBED = "testbed"
+"""The built-in world, the split of its tasks, and the folder of its backbone beside this file."""
+FILE_VERSION = 1
+IGNORE = -100
+"""The label of a position that is padding, as in transformers."""
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+class IptError(Exception):
+    """A mistake that a person can mend; shown to the user as is, in one sentence."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a clause that names what an unknown name may have meant."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+# --- World ---------------------------------------------------------------------------------------
+# The testbed's language, read from tasks.yaml: a lexicon, one sentence pattern, questions in words.
+
+Scene = dict[str, SimpleNamespace]  # slot -> lexicon entry, one attribute per column
+
+
+@dataclass(frozen=True)
+class World:
+    """A synthetic language in which every question has one computable answer."""
+
+    name: str
+    sentence: str
+    """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
+    slots: dict[str, str]
+    """Slot of the sentence -> the lexicon's table that fills it."""
+    lexicon: dict[str, list[SimpleNamespace]]
+
+    def draw(self, rng: random.Random) -> Scene:
+        """Fill every slot with an entry drawn uniformly."""
+        return {slot: rng.choice(self.lexicon[table]) for slot, table in self.slots.items()}
+
+    def describe(self, scene: Scene) -> str:
+        """Return the sentence that tells a scene."""
+        return self.sentence.format(**scene)
+
+    def columns(self, slot: str) -> list[str]:
+        """Return the names of what is known about a slot's words."""
+        return list(vars(self.lexicon[self.slots[slot]][0]))
+
+    def values(self, slot: str, column: str) -> list[str]:
+        """Return the distinct values of a column, in the lexicon's order."""
+        return list(dict.fromkeys(getattr(entry, column) for entry in self.lexicon[self.slots[slot]]))
+
+    def answer(self, question: str, scene: Scene) -> str:
+        """Answer a question about a scene.
+
+        A question is one part, or several joined by `then`, answered in turn. A part is `SLOT COLUMN` (the value, such as
+        `day next`) or a test answered yes or no: `SLOT VALUE`, `same COLUMN SLOT SLOT`, `not TEST`, `TEST and TEST`,
+        `TEST or TEST` (`or` binds loosest, `not` tightest).
+
+        Raises:
+            IptError: the question is not one of these.
+        """
+        return " ".join(self._answer_part(part.split(), scene) for part in question.split(" then "))
+
+    def labels(self, question: str) -> list[str]:
+        """Return all answers that a question can have, in the lexicon's order."""
+        parts = []
+        for part in question.split(" then "):
+            slot, _, column = part.partition(" ")
+            is_value = slot in self.slots and column in self.columns(slot)
+            parts.append(self.values(slot, column) if is_value else ["no", "yes"])
+        return [" ".join(answer) for answer in itertools.product(*parts)]
+
+    def _answer_part(self, words: list[str], scene: Scene) -> str:
+        match words:
+            case [slot, column] if slot in self.slots and column in self.columns(slot):
+                return str(getattr(scene[slot], column))
+        return "yes" if self._holds(words, scene) else "no"
+
+    def _holds(self, words: list[str], scene: Scene) -> bool:
+        for connective, combine in (("or", any), ("and", all)):
+            if connective in words:
+                at = words.index(connective)
+                # A list, so that both sides are checked even when one decides.
+                return combine([self._holds(words[:at], scene), self._holds(words[at + 1 :], scene)])
+        match words:
+            case ["not", *rest]:
+                return not self._holds(rest, scene)
+            case ["same", column, a, b] if all(s in self.slots and column in self.columns(s) for s in (a, b)):
+                return bool(getattr(scene[a], column) == getattr(scene[b], column))
+            case [slot, value] if slot in self.slots and any(value in self.values(slot, c) for c in self.columns(slot)):
+                return value in vars(scene[slot]).values()
+        raise IptError(
+            f"world {self.name}: cannot read the question part {' '.join(words)!r}: expected 'SLOT COLUMN', 'SLOT VALUE' or "
+            f"'same COLUMN SLOT SLOT' with the slots {', '.join(self.slots)}"
+        )
+
+
+# --- Tasks ---------------------------------------------------------------------------------------
+# A task is a source of few-shot samples and a metric. Sources: a world (the testbed), the Hub or local files, a gym folder.
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task as text."""
+
+    input: str
+    answers: tuple[str, ...]
+    """The references; the first is what is trained on."""
+    options: tuple[str, ...] = ()
+    """What can be answered; empty when the answer is free."""
+
+
+@dataclass(frozen=True)
+class FewShotSample:
+    """A task's rows for one data seed; the test rows are the same for all seeds."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+class Source(Protocol):
+    """Where a task's rows come from."""
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Draw a few-shot sample.
+
+        Args:
+            data_seed: chooses the training and validation rows, never the test rows.
+            shots: rows per label for classification, half the rows in total otherwise; as many again for validation.
+            test_rows: at most so many test rows, the first of a fixed order; None for all.
+
+        Raises:
+            IptError: there are too few rows.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A row of tasks.yaml, or a task of a gym folder."""
+
+    name: str
+    kind: str
+    """What its answers are: classification, multiple-choice, extraction, transformation or free-form."""
+    metric: str
+    splits: Mapping[str, str]
+    """Name of a split -> this task's place in it: seen or unseen (unseen-in, unseen-out)."""
+    source: Source
+    category: str = ""
+    note: str = ""
+    pretrained: bool = False
+    """The testbed's backbone was trained on this very question."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys, where YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise IptError(f"{self.name}: {twice[0]!r} stands twice{node.start_mark}: remove one of them")
+        return super().construct_mapping(node, deep)
+
+
+def read_tasks_file(file: Path) -> dict[str, Any]:
+    """Parse a tasks file into its top-level mappings `worlds` and `tasks`."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506, a subclass of SafeLoader
+    except FileNotFoundError as error:
+        raise IptError(f"there is no tasks file {file}: name another with --tasks-file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
+        raise IptError(f"{file}: expected a mapping with the key 'tasks', got {type(content).__name__}")
+    return content
+
+
+def load_worlds(file: Path) -> dict[str, World]:
+    """Return the worlds of a tasks file."""
+    worlds = {}
+    for name, row in read_tasks_file(file).get("worlds", {}).items():
+        try:
+            lexicon = {
+                table: [SimpleNamespace(**dict(zip(columns["columns"], entry.split(), strict=True))) for entry in columns["rows"]]
+                for table, columns in row["lexicon"].items()
+            }
+            worlds[name] = World(name, row["sentence"], row["slots"], lexicon)
+            worlds[name].describe(worlds[name].draw(random.Random(0)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IptError(
+                f"{file}: world {name}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table) and 'lexicon' "
+                "(table: columns and rows, as many words in each row as there are columns)"
+            ) from error
+    return worlds
+
+
+WORLD_FIELDS = {"world", "kind", "question", "metric", "splits", "pretrained"}
+WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
+
+
+def parse_world_task(name: str, row: dict[str, Any], worlds: Mapping[str, World], file: Path) -> Task:
+    """Return a task whose rows are drawn from a world."""
+    where = f"{file}: task {name}"
+    for key in row.keys() - WORLD_FIELDS:
+        raise IptError(f"{where}: unknown field {key!r}{nearest(key, WORLD_FIELDS)}; expected {', '.join(sorted(WORLD_FIELDS))}")
+    if row["world"] not in worlds:
+        raise IptError(f"{where}: there is no world {row['world']!r} in this file{nearest(str(row['world']), worlds)}")
+    if row.get("kind") not in WORLD_METRICS:
+        raise IptError(f"{where}: kind is {row.get('kind')!r}, expected one of {', '.join(WORLD_METRICS)}")
+    world, question = worlds[row["world"]], row.get("question")
+    if not isinstance(question, str):
+        raise IptError(f"{where}: 'question' is {question!r}, expected text such as 'day next'")
+    try:
+        world.answer(question, world.draw(random.Random(0)))
+    except IptError as error:
+        raise IptError(f"{where}: {error}") from error
+    metric = row.get("metric", WORLD_METRICS[row["kind"]])
+    if metric not in METRICS:
+        raise IptError(f"{where}: unknown metric {metric!r}{nearest(str(metric), METRICS)}; expected {', '.join(METRICS)}")
+    source = WorldRows(world, question, row["kind"])
+    return Task(
+        name=name,
+        kind=row["kind"],
+        metric=metric,
+        splits=row.get("splits", {}),
+        source=source,
+        pretrained=row.get("pretrained", False),
+    )
+
+
+def load_tasks(file: Path) -> dict[str, Task]:
+    """Return the tasks of a tasks file, in its order."""
+    content, worlds = read_tasks_file(file), load_worlds(file)
+    tasks = {}
+    for name, row in content["tasks"].items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise IptError(
+                f"{file}: {name!r} cannot be a task's name: expected letters, digits, '.', '_' and '-' (quote yes and no)"
+            )
+        if not isinstance(row, dict):
+            raise IptError(f"{file}: task {name}: expected a mapping of fields, got {row!r}")
+        tasks[name] = parse_world_task(name, row, worlds, file) if "world" in row else parse_hub_task(name, row, file)
+    return tasks
+
+
+@dataclass(frozen=True)
+class WorldRows:
+    """Rows of a world without end; a sentence's checksum decides its part, so that train, validation and test never meet."""
+
+    world: World
+    question: str
+    kind: str
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Draw rows, as many of every label for classification."""
+        labels = self.world.labels(self.question) if self.kind == "classification" else [None]
+        count = shots * len(labels) if labels != [None] else 2 * shots
+        return FewShotSample(
+            train=tuple(itertools.islice(self._draw(f"train {data_seed}", parts=(2, 3), labels=labels), count)),
+            validation=tuple(itertools.islice(self._draw(f"validation {data_seed}", parts=(1,), labels=labels), count)),
+            test=tuple(itertools.islice(self._draw("test", parts=(0,), labels=labels), 100 if test_rows is None else test_rows)),
+        )
+
+    def _draw(self, stream: str, *, parts: tuple[int, ...], labels: Sequence[str | None]) -> Iterator[Example]:
+        """Yield examples of one of the four parts of all sentences, the wanted label going round; no sentence comes twice."""
+        rng, seen = random.Random(f"{self.question} {stream}"), set()
+        for label in itertools.cycle(labels):
+            for _ in range(100_000):
+                scene = self.world.draw(rng)
+                sentence, answer = self.world.describe(scene), self.world.answer(self.question, scene)
+                if label in (None, answer) and sentence not in seen and zlib.crc32(sentence.encode()) % 4 in parts:
+                    break
+            else:
+                raise IptError(
+                    f"world {self.world.name}: the question {self.question!r} has too few rows for the answer {label!r}"
+                )
+            seen.add(sentence)
+            if self.kind == "multiple-choice":
+                options = self._draw_options(answer, rng)
+                yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
+            else:
+                yield Example(sentence, (answer,), tuple(self.world.labels(self.question)) if label else ())
+
+    def _draw_options(self, answer: str, rng: random.Random) -> tuple[str, ...]:
+        """Return the answer among up to two other answers that the question can have, in random order."""
+        options = {answer}
+        while len(options) < min(3, len(self.world.labels(self.question))):
+            options.add(self.world.answer(self.question, self.world.draw(rng)))
+        return tuple(rng.sample(sorted(options), len(options)))
+
+
+OPTION_MARK = "|"
+"""Stands before each option in a multiple-choice input of a world."""
+
+
+# --- Metrics -------------------------------------------------------------------------------------
+# CrossFit's: predictions and references as text, a score in [0, 1] ([-1, 1] for correlations). The best reference counts.
+
+References = Sequence[str]
+
+
+def accuracy(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the share of predictions that are a reference to the letter, white space at the ends aside."""
+    return _mean(p.strip() in {r.strip() for r in refs} for p, refs in zip(predictions, references, strict=True))
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the mean F1 over the labels that occur among predictions or first references."""
+    truths = [refs[0].strip() for refs in references]
+    guesses = [p.strip() for p in predictions]
+    scores = []
+    for label in set(truths) | set(guesses):
+        hits = sum(t == g == label for t, g in zip(truths, guesses, strict=True))
+        scores.append(2 * hits / (truths.count(label) + guesses.count(label)))
+    return _mean(scores)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower the case, drop punctuation and articles, and fold white space (SQuAD's rule)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the share of predictions that are a reference after normalisation."""
+    return _best_reference(predictions, references, lambda p, r: float(normalise_answer(p) == normalise_answer(r)))
+
+
+def token_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the mean F1 of normalised words in common (SQuAD's rule)."""
+
+    def f1(prediction: str, reference: str) -> float:
+        p, r = normalise_answer(prediction).split(), normalise_answer(reference).split()
+        common = sum((Counter(p) & Counter(r)).values())
+        return 2 * common / (len(p) + len(r)) if p and r else float(p == r)
+
+    return _best_reference(predictions, references, f1)
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the mean F1 of the longest common subsequence of words (letters and digits, lower case, no stemming)."""
+
+    def f1(prediction: str, reference: str) -> float:
+        p, r = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+        lengths = [0] * (len(r) + 1)
+        for word in p:
+            diagonal = 0
+            for j, other in enumerate(r, start=1):
+                diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+        return 2 * lengths[-1] / (len(p) + len(r)) if p and r else 0.0
+
+    return _best_reference(predictions, references, f1)
+
+
+def matthews(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return Matthews' correlation of two classes; a prediction that is not the positive one counts as the other.
+
+    The positive class is `acceptable` (CoLA, the only task that CrossFit scores so), else the last label in order.
+    """
+    truths = [refs[0].strip() for refs in references]
+    positive = "acceptable" if "acceptable" in truths else max(truths)
+    return pearson([str(int(p.strip() == positive)) for p in predictions], [[str(int(t == positive))] for t in truths])
+
+
+def pearson(predictions: Sequence[str], references: Sequence[References]) -> float:
+    """Return the correlation of numbers; 0 when either side is constant, and a prediction that is no number counts as 0."""
+    x, y = ([_number(text) for text in texts] for texts in (predictions, [refs[0] for refs in references]))
+    mean_x, mean_y = _mean(x), _mean(y)
+    dx, dy = [a - mean_x for a in x], [b - mean_y for b in y]
+    scale = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
+    return sum(a * b for a, b in zip(dx, dy, strict=True)) / scale if scale else 0.0
+
+
+METRICS: dict[str, Callable[[Sequence[str], Sequence[References]], float]] = {
+    "ACC": accuracy,
+    "Classification-F1": macro_f1,
+    "EM": exact_match,
+    "QA-F1": token_f1,
+    "Rouge-L": rouge_l,
+    "Matthew-Correlation": matthews,
+    "Pearson-Correlation": pearson,
+}
+
+
+def _best_reference(predictions: Sequence[str], references: Sequence[References], score: Callable[[str, str], float]) -> float:
+    return _mean(max(score(p, r) for r in refs) for p, refs in zip(predictions, references, strict=True))
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = [float(v) for v in values]
+    return sum(numbers) / len(numbers)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+# --- Backbone ------------------------------------------------------------------------------------
+# The frozen encoder-decoder and its tokenizer. Soft prompts go in front of the input's embeddings, as in PEFT.
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids, made once."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    option_ids: list[list[int]]
+    example: Example
+    answer_limit: int
+    """Tokens to generate at most: those of the task's longest reference."""
+
+    def __len__(self) -> int:
+        """Return the tokens that a pass over this row holds."""
+        return len(self.input_ids) + len(self.target_ids)
+
+
+@dataclass
+class Budget:
+    """How many tokens go through the backbone at once; halved when memory runs out, which changes no result."""
+
+    tokens: int
+
+    def run(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
+        """Call `work` on lists of row numbers, the longest rows first and rows of like length together."""
+        order, done = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
+        while done < len(order):
+            size = max(1, self.tokens // lengths[order[done]])
+            try:
+                work(order[done : done + size])
+                done += size
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise IptError(
+                        f"one row of {lengths[order[done]]} tokens does not fit into memory: "
+                        "shorten it with --max-length or use a smaller backbone"
+                    ) from error
+                self.tokens = lengths[order[done]] * (size // 2)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen sequence-to-sequence language model."""
+
+    name: str
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    fingerprint: str
+    """Changes with the architecture, the weights or the tokenizer."""
+    max_length: int
+    """Tokens of prompt and input together."""
+    budget: Budget
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.model.device
+
+    @property
+    def hidden(self) -> int:
+        """Return the size of an input embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Return the root mean square of the embeddings as the encoder gets them: about 10 for T5, 0.02 for BART."""
+        with torch.no_grad():
+            ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)
+            return float(self.model.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
+
+    def initial_prompt(self, prompt_length: int, seed: int) -> Tensor:
+        """Return embeddings of random words of the vocabulary, the start that all tasks share: (prompt_length, hidden)."""
+        special = set(self.tokenizer.all_special_ids)
+        words = [token for token in range(len(self.tokenizer)) if token not in special]
+        ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device)
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(ids).float()
+
+    def encode_example(self, example: Example, *, prompt_length: int, answer_limit: int = 0, truncate: str = "end") -> Encoded:
+        """Tokenise, cutting the input so that prompt, input and end-of-sequence fit.
+
+        Raises:
+            IptError: the prompt leaves no room for any input.
+        """
+        room = self.max_length - prompt_length
+        if room < 4:
+            raise IptError(
+                f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {self.max_length} tokens in all; "
+                "use a smaller --prompt-length"
+            )
+        ids = self.tokenizer(example.input).input_ids
+        if len(ids) > room:
+            over = len(ids) - room
+            ids = ids[: room - 1] + ids[-1:] if truncate == "end" else ids[:1] + ids[over + 1 :]
+        target, *options = (self.tokenizer(text_target=text).input_ids for text in (example.answers[0], *example.options))
+        return Encoded(ids, target, options, example, max(answer_limit, len(target)))
+
+    def encode_examples(self, examples: Sequence[Example], *, prompt_length: int, truncate: str = "end") -> list[Encoded]:
+        """Tokenise the rows of one task."""
+        limit = max(len(self.tokenizer(text_target=text).input_ids) for e in examples for text in e.answers)
+        return [self.encode_example(e, prompt_length=prompt_length, answer_limit=limit, truncate=truncate) for e in examples]
+
+    def encoder_states(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Run the encoder on `soft prompt + input`.
+
+        Args:
+            soft_prompts: (batch, prompt_length, hidden), float32.
+            input_ids: one list a row; padded here on the right, which neither T5 nor BART sees.
+
+        Returns:
+            States (batch, prompt_length + input_length, hidden) and their mask (batch, prompt_length + input_length).
+        """
+        ids, real = self._pad(input_ids, self.tokenizer.pad_token_id)
+        inputs = self.model.get_input_embeddings()(ids)  # (batch, input_length, hidden)
+        inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (batch, prompt_length + input_length, hidden)
+        mask = torch.cat([real.new_ones(soft_prompts.shape[:2]), real], dim=1)
+        return self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask
+
+    def answer_losses(self, states: Tensor, mask: Tensor, target_ids: Sequence[list[int]]) -> Tensor:
+        """Return minus the log-likelihood of each row's target, summed over its tokens: (batch,), float32."""
+        targets, real = self._pad(target_ids, IGNORE)  # (batch, target_length)
+        decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels=targets)
+        # The vocabulary is the widest layer by far: hidden states of padding never reach it.
+        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0][real],))
+        try:
+            logits = self.model(
+                encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
+            ).logits  # (target tokens, vocabulary)
+        finally:
+            head.remove()
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[real], reduction="none")
+        return losses.new_zeros(len(targets)).index_add(0, real.nonzero()[:, 0], losses)
+
+    def _pad(self, rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
+        """Pad on the right; return ids and which of them are real."""
+        width = max(map(len, rows))
+        if self.device.type == "cuda":
+            width = -(-width // 8) * 8
+        ids = np.full((len(rows), width), value)
+        for row, values in zip(ids, rows, strict=True):
+            row[: len(values)] = values
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return torch.from_numpy(ids).to(self.device), torch.arange(width, device=self.device) < lengths[:, None]
+
+    def answer(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: str = "options") -> list[Answer]:
+        """Answer rows, each behind the soft prompt that it names.
+
+        Args:
+            soft_prompts: (tasks, prompt_length, hidden).
+            rows: (index of the soft prompt, example).
+            decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily.
+        """
+        answers: dict[int, Answer] = {}
+
+        def work(numbers: list[int]) -> None:
+            chunk = [rows[n][1] for n in numbers]
+            prompts = soft_prompts[torch.tensor([rows[n][0] for n in numbers], device=soft_prompts.device)]
+            states, mask = self.encoder_states(prompts, [e.input_ids for e in chunk])
+            losses = self.answer_losses(states, mask, [e.target_ids for e in chunk]).tolist()
+            choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
+            writing = [i for i in range(len(chunk)) if i not in set(choosing)]
+            texts = self._choose(states, mask, chunk, choosing) | self._generate(states, mask, chunk, writing)
+            for i, n in enumerate(numbers):
+                answers[n] = Answer(texts[i], losses[i] / len(chunk[i].target_ids))
+
+        with torch.inference_mode():
+            # Inference keeps no activations, so four times as much fits.
+            Budget(4 * self.budget.tokens).run([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+        return [answers[n] for n in range(len(rows))]
+
+    def _choose(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
+        """Return the most likely option's text of some rows, the encoder's states being reused over the options."""
+        pairs = [(i, option) for i in which for option in range(len(chunk[i].option_ids))]
+        losses: list[float] = []
+        for start in range(0, len(pairs), 1024):
+            piece = pairs[start : start + 1024]
+            at = torch.tensor([i for i, _ in piece], device=states.device)
+            losses += self.answer_losses(states[at], mask[at], [chunk[i].option_ids[o] for i, o in piece]).tolist()
+        best = {i: min((loss, option) for (row, option), loss in zip(pairs, losses, strict=True) if row == i)[1] for i in which}
+        return {i: chunk[i].example.options[option] for i, option in best.items()}
+
+    def _generate(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
+        """Return greedily generated text of some rows."""
+        if not which:
+            return {}
+        at = torch.tensor(which, device=states.device)
+        tokens = self.model.generate(
+            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states[at]),
+            attention_mask=mask[at],
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=max(chunk[i].answer_limit for i in which),
+                decoder_start_token_id=self.model.config.decoder_start_token_id,
+                eos_token_id=self.model.config.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            ),
+        )
+        return dict(zip(which, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the backbone answered to a row, and the mean loss per token of the right answer."""
+
+    text: str
+    loss: float
+
+
+def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", max_length: int = 512) -> Backbone:
+    """Load and freeze a sequence-to-sequence backbone.
+
+    Args:
+        name: a Hub id, a local folder, or `testbed`.
+        device: `auto` takes a GPU when there is one.
+        precision: `bf16`, `fp32`, or `auto`: bf16 on a GPU that has it. What learns is always float32.
+        max_length: tokens of prompt and input together, at most what the backbone has positions for.
+
+    Raises:
+        IptError: there is no such model, or it is not sequence to sequence.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    half = precision == "bf16" or (precision == "auto" and place.type == "cuda" and torch.cuda.is_bf16_supported())
+    path = str(shipped("testbed")) if name == TESTBED else name
+    try:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise IptError(
+            f"cannot load the backbone {name!r} as a sequence-to-sequence model: {str(error).splitlines()[0]} "
+            "Expected a Hub id (google/t5-base-lm-adapt) or a folder with config, safetensors and tokenizer"
+        ) from error
+    model = model.to(place).eval().requires_grad_(False)
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    budget = Budget(1 << 12 if place.type == "cpu" else 1 << 15)
+    return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), budget)
+
+
+def fingerprint(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """Digest a backbone: its tensors' names and shapes, up to 4,096 evenly spaced values of each, and the vocabulary."""
+    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.flatten()
+        sampled = flat[:: max(1, len(flat) // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sampled.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shipped(name: str) -> Path:
+    """Return where a folder that ships with the package is: beside this file when installed, under tests/ in a clone."""
+    here = Path(__file__).parent
+    return next((p for p in (here / f"ipt_{name}", here / "tests" / name) if p.is_dir()), here / f"ipt_{name}")
+
+
+# --- Spaces --------------------------------------------------------------------------------------
+# theta (tasks, size) -> soft prompts (tasks, prompt_length, hidden), as a difference to the shared initial prompt in units
+# of the embeddings (prompt) or of the collected prompts (the others), so that one learning rate suits every backbone.
+
+
+class Space(Protocol):
+    """A frozen map from what learns to soft prompts."""
+
+    @property
+    def size(self) -> int:
+        """Return how many numbers one task tunes."""
+
+    def back_project(self, theta: Tensor) -> Tensor:
+        """Map theta (tasks, size) to soft prompts (tasks, prompt_length, hidden)."""
+
+
+@dataclass(frozen=True)
+class PromptSpace:
+    """Every number of the soft prompt itself: prompt tuning."""
+
+    initial_prompt: Tensor
+    """(prompt_length, hidden): where theta is zero."""
+    unit: float
+
+    @property
+    def size(self) -> int:
+        """Return prompt_length * hidden."""
+        return self.initial_prompt.numel()
+
+    def back_project(self, theta: Tensor) -> Tensor:
+        """Return the initial prompt plus theta, in units of the embeddings."""
+        return self.initial_prompt + self.unit * theta.unflatten(1, self.initial_prompt.shape)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The paper's auto-encoder of soft prompts (section 3.2): one linear layer in, `W2 tanh(W1 v + b1) + b2` out."""
+
+    initial_prompt: Tensor
+    """(prompt_length, hidden): the prompts are taken as differences to it."""
+    unit: float
+    """Root mean square of those differences over the collected prompts."""
+    weights: dict[str, Tensor]
+    """in.weight (dim, n), in.bias (dim), hidden.weight (inner, dim), hidden.bias, out.weight (n, inner), out.bias, where n is
+    prompt_length * hidden; without the hidden layer (linear), out.weight is (n, dim)."""
+
+    @property
+    def size(self) -> int:
+        """Return the intrinsic dimension."""
+        return self.weights["in.weight"].shape[0]
+
+    def standardise(self, soft_prompts: Tensor) -> Tensor:
+        """Return (tasks, prompt_length, hidden) prompts as differences of unit size: (tasks, prompt_length * hidden)."""
+        return ((soft_prompts - self.initial_prompt) / self.unit).flatten(1)
+
+    def project(self, soft_prompts: Tensor) -> Tensor:
+        """Map soft prompts to intrinsic vectors (tasks, dim): the paper's Proj."""
+        return _linear(self.standardise(soft_prompts), self.weights, "in")
+
+    def decode(self, vectors: Tensor) -> Tensor:
+        """Map intrinsic vectors to standardised prompts (tasks, prompt_length * hidden): the paper's Proj_b."""
+        inner = torch.tanh(_linear(vectors, self.weights, "hidden")) if "hidden.weight" in self.weights else vectors
+        return _linear(inner, self.weights, "out")
+
+    def back_project(self, theta: Tensor) -> Tensor:
+        """Map intrinsic vectors to soft prompts."""
+        return self.initial_prompt + self.unit * self.decode(theta).unflatten(1, self.initial_prompt.shape)
+
+    def unexplained(self, soft_prompts: Tensor, vectors: Tensor) -> Tensor:
+        """Return the reconstruction error: the share of the prompts' variance around the initial prompt left unexplained."""
+        wanted = self.standardise(soft_prompts)
+        return (self.decode(vectors) - wanted).pow(2).mean() / wanted.pow(2).mean()
+
+
+def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
+    return torch.nn.functional.linear(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"])
+
+
+def random_subspace(initial_prompt: Tensor, *, unit: float, dim: int, inner: int, seed: int) -> Subspace:
+    """Return an untrained auto-encoder with torch's default initialisation of linear layers."""
+    n, generator = initial_prompt.numel(), torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer, rows, columns in (("in", dim, n), ("hidden", inner, dim), ("out", n, inner)):
+        bound = 1 / math.sqrt(columns)
+        weights[f"{layer}.weight"] = (2 * torch.rand(rows, columns, generator=generator) - 1) * bound
+        weights[f"{layer}.bias"] = (2 * torch.rand(rows, generator=generator) - 1) * bound
+    return Subspace(initial_prompt, unit, {k: w.to(initial_prompt.device) for k, w in weights.items()})
+
+
+def linear_subspace(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int) -> Subspace:
+    """Return the principal components of soft prompts (tasks, prompt_length, hidden), intrinsic vectors of unit variance.
+
+    Raises:
+        IptError: there are not more prompts than dimensions.
+    """
+    if dim >= len(soft_prompts):
+        raise IptError(
+            f"{len(soft_prompts)} prompts have {len(soft_prompts) - 1} principal components, not {dim}: use a smaller --dim"
+        )
+    differences = (soft_prompts - initial_prompt).flatten(1)
+    unit = float(differences.pow(2).mean().sqrt())
+    mean = differences.mean(0) / unit
+    _, s, v = torch.linalg.svd(differences / unit - mean, full_matrices=False)
+    scale = s[:dim, None].clamp_min(1e-6) / math.sqrt(len(soft_prompts))
+    inward = v[:dim] / scale
+    weights = {"in.weight": inward, "in.bias": -inward @ mean, "out.weight": (v[:dim] * scale).T, "out.bias": mean}
+    return Subspace(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()})
+
+
+# --- Tuning --------------------------------------------------------------------------------------
+# The one engine: prompt tuning and intrinsic tuning of many jobs at once. A job is one task, one few-shot sample, one start,
+# one learning rate. Jobs share passes through the backbone and nothing else.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How a job is tuned."""
+
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 8
+    """Rows of a job in one update."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
+    clip: float = 1.0
+    """Largest norm of a job's gradient."""
+    evaluations: int = 5
+    """How often in a run the validation rows are scored; the best checkpoint is kept."""
+    patience: int = 3
+    """Evaluations without a better one after which a job ends; 0 for never."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """Return the steps between two evaluations."""
+        return max(1, self.steps // self.evaluations)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of theta: what is tuned, from where, on what."""
+
+    header: dict[str, Any]
+    """What the result is a function of; goes into its file."""
+    start: Tensor
+    """(size,), float32."""
+    learning_rate: float
+    metric: str
+    rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
+    """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
+
+    @property
+    def name(self) -> str:
+        """Return what to call the job in messages."""
+        return f"{self.header['task']} (data seed {self.header['data_seed']}, learning rate {self.learning_rate:g})"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished job."""
+
+    job: Job
+    theta: Tensor
+    """(size,), the best checkpoint by validation score, then by validation loss."""
+    soft_prompt: Tensor
+    """(prompt_length, hidden), what theta stands for."""
+    record: dict[str, float]
+    """validation (score), validation_loss, best_step, steps, first_loss, last_loss (training, means over 10 steps)."""
+
+
+class JobTable:
+    """The jobs in the slots: theta, Adam's moments, step counts and best checkpoints, one row a job."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Begin with no job; `size` is the length of a row of theta."""
+        self.jobs: list[Job] = []
+        self.rows: list[tuple[list[Encoded], list[Encoded]]] = []
+        wide = {name: torch.zeros(0, size, device=device) for name in ("theta", "mean", "square", "best_theta")}
+        # Scalars of a job are float64: a step count is exact, and a score compares as it was computed.
+        names = ("step", "best_score", "best_loss", "best_step", "first_loss", "last_loss")
+        self.state = wide | {name: torch.zeros(0, dtype=torch.float64) for name in names}
+
+    def add(self, job: Job, state: Mapping[str, Tensor] | None = None) -> None:
+        """Give a job a slot, at its start or, resumed, at a saved state."""
+        start = {"theta": job.start, "best_theta": job.start, "best_score": torch.tensor(-math.inf)} | dict(state or {})
+        for name, table in self.state.items():
+            row = start.get(name, torch.zeros(table.shape[1:])).to(table)
+            self.state[name] = torch.cat([table, row[None]])
+        self.jobs.append(job)
+        self.rows.append(job.rows())
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Drop all jobs but these."""
+        self.state = {name: table[list(which)] for name, table in self.state.items()}
+        self.jobs, self.rows = [self.jobs[i] for i in which], [self.rows[i] for i in which]
+
+    def result(self, i: int, space: Space) -> Tuned:
+        """Return a job's outcome, copied out of the table."""
+        theta = self.state["best_theta"][i].clone()
+        record = {name: float(self.state[name][i]) for name in ("best_step", "first_loss", "last_loss")}
+        record |= {"validation": float(self.state["best_score"][i]), "validation_loss": float(self.state["best_loss"][i])}
+        return Tuned(self.jobs[i], theta, space.back_project(theta[None])[0], record | {"steps": float(self.state["step"][i])})
+
+
+def tune(
+    backbone: Backbone,
+    space: Space,
+    jobs: Iterable[Job],
+    config: TuneConfig,
+    *,
+    slots: int,
+    decoding: str = "options",
+    resume: Mapping[str, Mapping[str, Tensor]] | None = None,
+    on_step: Callable[[JobTable], None] = lambda table: None,
+) -> Iterator[Tuned]:
+    """Tune jobs and yield each as it finishes, its slot going to the next.
+
+    Args:
+        backbone: frozen; only theta gets gradients.
+        space: maps theta to soft prompts, once per job and step.
+        jobs: in the order in which they get slots.
+        config: the same for all jobs.
+        slots: jobs that are tuned at once.
+        decoding: how validation rows are answered.
+        resume: states of unfinished jobs by job digest, as in a checkpoint.
+        on_step: called after each step of all slots, with the table.
+
+    Raises:
+        IptError: a loss is not finite.
+    """
+    table, queue = JobTable(space.size, backbone.device), iter(jobs)
+    while True:
+        for job in itertools.islice(queue, slots - len(table.jobs)):
+            table.add(job, (resume or {}).get(digest(job.header)))
+        if not table.jobs:
+            return
+        _step(backbone, space, table, config)
+        steps = table.state["step"]
+        due = [i for i, step in enumerate(steps.tolist()) if step % config.evaluate_every == 0 or step == config.steps]
+        if due:
+            _validate(backbone, space, table, due, decoding)
+        late = steps - table.state["best_step"] >= (config.patience or math.inf) * config.evaluate_every
+        done = [i for i in due if steps[i] == config.steps or late[i]]
+        yield from (table.result(i, space) for i in done)
+        if done:
+            table.keep([i for i in range(len(table.jobs)) if i not in done])
+        on_step(table)
+
+
+def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
+    """Update every job in the table once, each on its own next minibatch."""
+    state, steps = table.state, table.state["step"].long().tolist()
+    theta = state["theta"].requires_grad_()
+    prompts = space.back_project(theta)  # (tasks, prompt_length, hidden)
+    batch = [
+        (i, train[row])
+        for i, (train, _) in enumerate(table.rows)
+        for row in minibatch(len(train), config.batch_size, table.jobs[i].header["data_seed"], steps[i])
+    ]
+    losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
+    (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
+    state["theta"] = theta.detach()
+    _check_finite(losses, table)
+    _record_losses(losses, state, config)
+    adam(state, gradient, torch.tensor([job.learning_rate for job in table.jobs]), config)
+
+
+def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tuple[int, Encoded]]) -> tuple[Tensor, Tensor]:
+    """Return each prompt's loss on its own rows of a batch, and the gradient of it.
+
+    Args:
+        backbone: frozen.
+        soft_prompts: (tasks, prompt_length, hidden).
+        batch: (index of the soft prompt, row).
+
+    Returns:
+        Losses (tasks,), each the mean over the target tokens of the prompt's rows; gradients (tasks, prompt_length, hidden).
+    """
+    leaf = soft_prompts.requires_grad_()
+    losses = torch.zeros(len(leaf), device=leaf.device)
+    tokens = Counter[int]()
+    for i, example in batch:
+        tokens[i] += len(example.target_ids)
+
+    def work(numbers: list[int]) -> None:
+        slots = torch.tensor([batch[n][0] for n in numbers], device=leaf.device)
+        states, mask = backbone.encoder_states(leaf[slots], [batch[n][1].input_ids for n in numbers])
+        sums = backbone.answer_losses(states, mask, [batch[n][1].target_ids for n in numbers])
+        means = sums / torch.tensor([tokens[batch[n][0]] for n in numbers], device=leaf.device)
+        means.sum().backward()
+        losses.index_add_(0, slots, means.detach())
+
+    backbone.budget.run([leaf.shape[1] + len(example) for _, example in batch], work)
+    assert leaf.grad is not None
+    return losses, leaf.grad
+
+
+def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:
+    """Return the row numbers of a step: without end through the rows, freshly shuffled each time; no state to save."""
+    wanted = range(step * size, (step + 1) * size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(rows) for epoch in {n // rows for n in wanted}}
+    return [int(orders[n // rows][n % rows]) for n in wanted]
+
+
+def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, config: TuneConfig) -> None:
+    """Take each job's own step of Adam (betas 0.9 and 0.999), its gradient clipped, its rate warmed up and decayed."""
+    norms = gradient.norm(dim=1, keepdim=True)
+    gradient = gradient * (config.clip / norms.clamp_min(config.clip))
+    state["step"] = state["step"] + 1
+    state["mean"] = state["mean"].lerp(gradient, 0.1)
+    state["square"] = state["square"].lerp(gradient.square(), 0.001)
+    step = state["step"]
+    warm = (step / max(1.0, config.warmup * config.steps)).clamp_max(1)
+    left = (1 - (step - 1) / config.steps).clamp_min(0)
+    rate = (learning_rates * torch.minimum(warm, left) / (1 - 0.9**step)).to(gradient)[:, None]
+    spread = (state["square"] / (1 - 0.999**step).to(gradient)[:, None]).sqrt() + 1e-8
+    state["theta"] = state["theta"] - rate * state["mean"] / spread
+
+
+def _check_finite(losses: Tensor, table: JobTable) -> None:
+    for i in (~losses.isfinite()).nonzero()[:, 0].tolist():
+        raise IptError(
+            f"the loss of task {table.jobs[i].name} is {losses[i]} at step {int(table.state['step'][i]) + 1}: "
+            "use a smaller --learning-rate, or --precision fp32"
+        )
+
+
+def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig) -> None:
+    """Add each job's loss to its mean over its first ten and over its last ten steps."""
+    values, window = losses.cpu().double(), min(10, config.steps)
+    state["first_loss"] = state["first_loss"] + torch.where(state["step"] < window, values / window, 0)
+    state["last_loss"] = torch.where(state["step"] == 0, values, state["last_loss"].lerp(values, 0.1))
+
+
+def _validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[int], decoding: str) -> None:
+    """Score the validation rows of some jobs, and keep their theta where it is the best so far."""
+    with torch.no_grad():
+        prompts = space.back_project(table.state["theta"][list(due)])
+    rows = [(at, example) for at, i in enumerate(due) for example in table.rows[i][1]]
+    answers = iter(backbone.answer(prompts, rows, decoding=decoding))
+    state = table.state
+    for i in due:
+        examples = table.rows[i][1]
+        own = list(itertools.islice(answers, len(examples)))
+        score = METRICS[table.jobs[i].metric]([a.text for a in own], [e.example.answers for e in examples])
+        loss = sum(a.loss for a in own) / len(own)
+        if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
+            state["best_theta"][i] = state["theta"][i]
+            for name, value in (("best_score", score), ("best_loss", loss), ("best_step", float(state["step"][i]))):
+                state[name][i] = value
+
+
+# --- Subspace finding ----------------------------------------------------------------------------
+# The paper's MSF (section 3.2): an auto-encoder of the collected prompts, learned on reconstruction and on the tasks' loss.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig:
+    """How a subspace is found."""
+
+    dim: int = 250
+    """Intrinsic dimension."""
+    inner: int = 768
+    """Width of the layer behind the intrinsic vector (the paper's d')."""
+    steps: int = 1000
+    """Updates on both losses."""
+    warmup_steps: int = 1000
+    """Updates before those, on the reconstruction error alone; they do not touch the backbone."""
+    learning_rate: float = 1e-3
+    """Of AdamW, warmed up and decayed linearly."""
+    tasks_per_step: int = 16
+    """Tasks drawn uniformly for a step of the LM loss: all tasks weigh the same."""
+    rows_per_task: int = 4
+    """Training rows of each drawn task."""
+    alpha: float = 10.0
+    """Weight of the reconstruction error (share of variance unexplained) beside the LM loss (mean per token)."""
+    noise: float = 0.1
+    """Standard deviation of noise on intrinsic vectors, whose own is about one: makes the subspace smooth between the tasks."""
+    lm_loss: bool = True
+    reconstruction_loss: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot learn anything."""
+        if not (self.lm_loss or self.reconstruction_loss):
+            raise IptError(
+                "both losses are switched off: nothing would be learned; leave --no-lm-loss or --no-reconstruction-loss out"
+            )
+
+
+def fit_subspace(
+    backbone: Backbone,
+    soft_prompts: Tensor,
+    initial_prompt: Tensor,
+    rows: Sequence[Sequence[Encoded]],
+    config: SubspaceConfig,
+    *,
+    on_step: Callable[[int, float, float], None] = lambda step, lm_loss, unexplained: None,
+) -> Subspace:
+    """Find the subspace of collected prompts.
+
+    Args:
+        backbone: frozen.
+        soft_prompts: (tasks, prompt_length, hidden).
+        initial_prompt: (prompt_length, hidden), the start that they share.
+        rows: each task's training rows.
+        config: the losses and the optimiser.
+        on_step: called with step, mean LM loss per target token (nan when off), unexplained variance.
+
+    Raises:
+        IptError: the intrinsic dimension exceeds the prompt's, or a loss is not finite.
+    """
+    if config.dim > initial_prompt.numel():
+        raise IptError(
+            f"--dim {config.dim} is larger than the prompt itself, {initial_prompt.numel()} numbers: use a smaller --dim"
+        )
+    unit = float((soft_prompts - initial_prompt).pow(2).mean().sqrt())
+    subspace = random_subspace(initial_prompt, unit=unit, dim=config.dim, inner=config.inner, seed=config.seed)
+    for weight in subspace.weights.values():
+        weight.requires_grad_()
+    optimizer = torch.optim.AdamW(subspace.weights.values(), lr=config.learning_rate, weight_decay=0.01)
+    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    warmup = config.warmup_steps if config.reconstruction_loss else 0
+    total = warmup + config.steps
+    for step in range(total):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (step + 1) / 50, 2 * (total - step) / total)
+        tasks = range(len(soft_prompts))
+        drawn = tasks if step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
+        prompts = soft_prompts[list(drawn)]
+        vectors = subspace.project(prompts)
+        vectors = vectors + config.noise * torch.randn(vectors.shape, generator=generator).to(vectors)
+        unexplained, lm_loss = subspace.unexplained(prompts, vectors), torch.tensor(math.nan)
+        loss = config.alpha * unexplained * config.reconstruction_loss
+        if config.lm_loss and step >= warmup:
+            reconstructed = subspace.back_project(vectors)
+            batch = [
+                (i, e) for i, task in enumerate(drawn) for e in rng.sample(rows[task], min(config.rows_per_task, len(rows[task])))
+            ]
+            losses, gradient = prompt_losses(backbone, reconstructed.detach(), batch)
+            lm_loss = losses.mean()
+            # Its value is of no use; its gradient is that of the mean LM loss.
+            loss = loss + (reconstructed * gradient).sum() / len(drawn)
+        if not (loss.isfinite() and (step < warmup or not config.lm_loss or lm_loss.isfinite())):
+            raise IptError(
+                f"subspace finding, dim {config.dim}: the loss is not finite at step {step + 1}: use a smaller --learning-rate"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(subspace.weights.values()), 1.0)
+        optimizer.step()
+        on_step(step, float(lm_loss), float(unexplained.detach()))
+    return _unit_vectors(replace(subspace, weights={k: w.detach() for k, w in subspace.weights.items()}), soft_prompts)
+
+
+def _unit_vectors(subspace: Subspace, soft_prompts: Tensor) -> Subspace:
+    """Rescale the code so that the collected prompts' intrinsic vectors have a root mean square of one."""
+    scale = subspace.project(soft_prompts).pow(2).mean().sqrt()
+    weights = subspace.weights | {
+        "in.weight": subspace.weights["in.weight"] / scale,
+        "in.bias": subspace.weights["in.bias"] / scale,
+        "hidden.weight": subspace.weights["hidden.weight"] * scale,
+    }
+    return replace(subspace, weights=weights)
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
+# The paper's relative performance E_rel (section 4.1), beside what keeps it honest: n, an interval, the absolute scores.
+
+
+@dataclass(frozen=True)
+class Score:
+    """The test score of one soft prompt."""
+
+    quantity: str
+    """The paper's name, such as T_test(IST)."""
+    task: str
+    score: float
+    space: str = "subspace"
+    start: str | None = None
+    dim: int | None = None
+    data_seed: int | None = None
+    subspace: str | None = None
+    """Digest of the subspace's header."""
+
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """Return what the table's row is about."""
+        return (self.quantity, self.space, self.start, self.dim, self.data_seed, self.subspace)
+
+
+QUANTITIES = ("T_train(MSF)", "T_test(MSF)", "T_train_same(IST)", "T_train_diff(IST)", "T_test(IST)")
+
+
+def quantity(stage: str, place: str, *, same_data: bool) -> str:
+    """Return the paper's name of a score; a split with in- and out-of-type test tasks has T_test_in and T_test_out."""
+    if place == "seen":
+        return "T_train(MSF)" if stage == "MSF" else f"T_train_{'same' if same_data else 'diff'}(IST)"
+    return f"T_test{place.removeprefix('unseen').replace('-', '_')}({stage})"
+
+
+def relative_performance(scores: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float | int | None]:
+    """Compare scores per task with prompt tuning's.
+
+    Args:
+        scores: task -> score of the method.
+        baseline: task -> score of prompt tuning; tasks without one are left out.
+
+    Returns:
+        `e_rel`, the mean over tasks of the ratios, with `e_rel_low` and `e_rel_high` (95 % bootstrap over tasks); `n_tasks`
+        in it, `n_excluded` whose prompt-tuning score is not above 0; `mean_score`, `mean_prompt_tuning` and
+        `ratio_of_means` over all tasks. None where there is nothing to divide by.
+    """
+    tasks = [task for task in scores if task in baseline]
+    ratios = [scores[task] / baseline[task] for task in tasks if baseline[task] > 0]
+    rng = random.Random(0)
+    means = sorted(_mean(rng.choices(ratios, k=len(ratios))) for _ in range(2000)) if ratios else []
+    mean_score = _mean(scores[task] for task in tasks) if tasks else None
+    mean_baseline = _mean(baseline[task] for task in tasks) if tasks else None
+    return {
+        "n_tasks": len(ratios),
+        "n_excluded": len(scores) - len(ratios),
+        "e_rel": _mean(ratios) if ratios else None,
+        "e_rel_low": means[50] if means else None,
+        "e_rel_high": means[-51] if means else None,
+        "mean_score": mean_score,
+        "mean_prompt_tuning": mean_baseline,
+        "ratio_of_means": mean_score / mean_baseline if mean_score is not None and mean_baseline else None,
+    }
+
+
+def result_rows(scores: Iterable[Score], baseline: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the paper's table: one row per quantity, space, start, dim, data seed and subspace, in the paper's order."""
+    groups: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for score in scores:
+        groups[score.row][score.task] = score.score
+    names = ("quantity", "space", "start", "dim", "data_seed", "subspace")
+    rows = [dict(zip(names, group, strict=True)) | relative_performance(own, baseline) for group, own in groups.items()]
+    spaces = ("subspace", "linear", "random")
+    return sorted(rows, key=lambda r: (spaces.index(r["space"]), -(r["dim"] or 0), r["quantity"].split("_")[1][:5] != "train",
+                                       "IST" in r["quantity"], r["start"] or "", r["quantity"], r["data_seed"] or 0))  # fmt: skip
+
+
+# --- Files ---------------------------------------------------------------------------------------
+# safetensors files that describe themselves: one metadata entry, "ipt", with the header (what the tensors are a function of)
+# and the record (what came out). The same inputs give the same bytes. A file is found by the digest of its header.
+
+
+def digest(header: Mapping[str, Any]) -> str:
+    """Return a name for a header: 16 hexadecimal digits of the SHA-256 of its JSON."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_examples(examples: Iterable[Example]) -> str:
+    """Return a name for rows, so that a result is never taken for one on other data."""
+    return digest({"rows": [[e.input, e.answers, e.options] for e in examples]})
+
+
+def user_cache() -> Path:
+    """Return $IPT_CACHE, or the folder `ipt` in the platform's place for caches."""
+    if "IPT_CACHE" in os.environ:
+        return Path(os.environ["IPT_CACHE"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ipt"
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "ipt"
+
+
+def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as a whole or not at all."""
+    from safetensors.torch import save
+
+    metadata = {"ipt": json.dumps({"header": header, "record": record}, sort_keys=True)}
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush, rename.
+
+    Raises:
+        IptError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise IptError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
+
+
+def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the header and the record of a file, without its tensors.
+
+    Raises:
+        IptError: it is not a safetensors file of ipt, or of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})["ipt"])
+            header, record = content["header"], content["record"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise IptError(
+            f"{path} is not a file of ipt, or is damaged ({error}): remove it, and the command makes it anew"
+        ) from error
+    if header.get("version") != FILE_VERSION:
+        raise IptError(
+            f"{path} has file version {header.get('version')}, expected {FILE_VERSION}: remove it, or use the ipt that made it"
+        )
+    return header, record
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
+    """Return a file's tensors, which must be these and no others.
+
+    Raises:
+        IptError: a name, a shape or a type is not as expected.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(path, device=str(device))
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != dict(shapes) or any(t.dtype != torch.float32 for t in tensors.values()):
+        raise IptError(
+            f"{path} holds the tensors {found}, expected {dict(shapes)} in float32: remove it, and the command makes it anew"
+        )
+    return tensors
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file of the cache, its tensors still on disk."""
+
+    path: Path
+    header: dict[str, Any]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The files of one backbone."""
+
+    folder: Path
+    fingerprint: str
+
+    def path(self, header: Mapping[str, Any]) -> Path:
+        """Return where the file with this header is or would be."""
+        return self.folder / f"{header['kind']}s" / f"{header.get('task', header.get('dim'))}-{digest(header)}.safetensors"
+
+    def has(self, header: Mapping[str, Any]) -> bool:
+        """Tell whether this very work has been done."""
+        return self.path(header).exists()
+
+    def save(self, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write a file."""
+        write_file(self.path(header), header, record, tensors)
+
+    def find(self, **wanted: Any) -> list[Artifact]:
+        """Return the files whose header has these values, its kind among them, in the order of their names.
+
+        Raises:
+            IptError: a file was made for another backbone.
+        """
+        found = []
+        for path in sorted((self.folder / f"{wanted['kind']}s").glob("*.safetensors")):
+            header, record = read_metadata(path)
+            if header["backbone"] != self.fingerprint:
+                raise IptError(
+                    f"{path} was made with another backbone ({header['backbone'][:8]}, expected {self.fingerprint[:8]}): "
+                    "remove it, or name another folder with --cache"
+                )
+            if all(header.get(name) == value for name, value in wanted.items()):
+                found.append(Artifact(path, header, record))
+        return found
+
+
+def best_of_grid(artifacts: Iterable[Artifact], by: Sequence[str]) -> list[Artifact]:
+    """Return, of the artifacts alike in these header fields, the best by validation score, then by validation loss."""
+    best: dict[tuple[Any, ...], Artifact] = {}
+    for artifact in artifacts:
+        key = tuple(artifact.header[name] for name in by)
+        if key not in best or _rank(artifact) > _rank(best[key]):
+            best[key] = artifact
+    return list(best.values())
+
+
+def _rank(artifact: Artifact) -> tuple[float, float]:
+    return artifact.record["validation"], -artifact.record["validation_loss"]
+
+
+# --- Experiment ----------------------------------------------------------------------------------
+# What the commands share: settings, the chosen tasks, the loaded backbone, the cache; and the four stages over them.
+
+COLLECTION_SEED = 100
+"""The data seed of the prompts that the subspace is made of, and of every baseline."""
+PRESETS: dict[bool, dict[str, Any]] = {
+    True: {"prompt_length": 8, "split": TESTBED, "steps": 150, "batch_size": 8, "learning_rate": 0.3, "subspace_steps": 300},
+    False: {
+        "prompt_length": 100,
+        "split": "random",
+        "steps": 1000,
+        "batch_size": 8,
+        "learning_rate": 0.1,
+        "subspace_steps": 2000,
+    },
+}
+"""Defaults on the testbed's backbone (True) and on any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A backbone, tasks and a cache: the options that all commands share."""
+
+    backbone: Annotated[str, typer.Option(help="Hub id or folder of a sequence-to-sequence model.")] = TESTBED
+    split: Annotated[str | None, typer.Option(help="Which tasks are seen and unseen.  [default: testbed; random]")] = None
+    data: Annotated[Path | None, typer.Option(help="Gym folder (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
+    tasks_file: Annotated[Path, typer.Option(help="Another tasks.yaml.", show_default=False)] = TASKS_FILE
+    cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE, or the user's cache]")] = None
+    prompt_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a soft prompt.  [default: 8; 100]")] = None
+    shots: Annotated[int, typer.Option(min=1, help="Rows per label, or half the rows of a task without labels.")] = 16
+    test_rows: Annotated[int, typer.Option(min=1, help="Test rows of a task, at most.")] = 1000
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of prompt and input together.")] = 512
+    decoding: Annotated[str, typer.Option(help="options: the most likely option; generate: as CrossFit.")] = "options"
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    seed: Annotated[int, typer.Option(help="Of the shared initial prompt.")] = 0
+
+    def __post_init__(self) -> None:
+        """Check what Typer cannot."""
+        for name, value, known in (
+            ("decoding", self.decoding, ("options", "generate")),
+            ("precision", self.precision, ("auto", "fp32", "bf16")),
+        ):
+            if value not in known:
+                raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
+
+    def preset(self, name: str) -> Any:
+        """Return a default that depends on the backbone."""
+        return PRESETS[self.backbone == TESTBED][name]
+
+    @property
+    def length(self) -> int:
+        """Return the prompt length."""
+        return self.prompt_length or int(self.preset("prompt_length"))
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Return all tasks that there are, of the gym folder or of the tasks file."""
+        known = load_tasks(self.tasks_file)
+        return find_gym_tasks(self.data, known) if self.data else known
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Return the split's tasks and where in it they are: seen or unseen."""
+        return split_tasks(self.tasks, self.split or str(self.preset("split")))
+
+    def named(self, *places: str) -> list[str]:
+        """Return the split's tasks in these places."""
+        return [task for task, place in self.places.items() if place.split("-")[0] in places]
+
+    def task(self, name: str) -> Task:
+        """Return a task by name."""
+        if name not in self.tasks:
+            raise IptError(f"there is no task {name!r}{nearest(name, self.tasks)}; 'ipt tasks' lists all {len(self.tasks)}")
+        return self.tasks[name]
+
+    @cached_property
+    def model(self) -> Backbone:
+        """Return the loaded backbone."""
+        return load_backbone(self.backbone, device=self.device, precision=self.precision, max_length=self.max_length)
+
+    @cached_property
+    def store(self) -> Cache:
+        """Return the cache's part for this backbone."""
+        name = re.sub(r"[^\w.-]+", "-", Path(self.backbone).name if Path(self.backbone).exists() else self.backbone)
+        fingerprint = self.model.fingerprint
+        return Cache((self.cache or user_cache()) / f"{name}-{fingerprint[:8]}", fingerprint)
+
+    @cached_property
+    def prompt_space(self) -> PromptSpace:
+        """Return the space of whole soft prompts, around the initial prompt that all tasks share."""
+        return PromptSpace(self.model.initial_prompt(self.length, self.seed), self.model.embedding_rms)
+
+    @cached_property
+    def _samples(self) -> dict[tuple[str, int], FewShotSample]:
+        return {}
+
+    def sample(self, task: str, data_seed: int) -> FewShotSample:
+        """Return a task's rows as text, drawn once."""
+        if (task, data_seed) not in self._samples:
+            self._samples[task, data_seed] = self.task(task).source.sample(data_seed, shots=self.shots, test_rows=self.test_rows)
+        return self._samples[task, data_seed]
+
+    def encoded(self, task: str, examples: Sequence[Example]) -> list[Encoded]:
+        """Return rows of a task as tokens."""
+        return self.model.encode_examples(examples, prompt_length=self.length)
+
+    def header(self, kind: str, **more: Any) -> dict[str, Any]:
+        """Return the part that all headers share, and more."""
+        shared = {"version": FILE_VERSION, "backbone": self.model.fingerprint, "prompt_length": self.length, "seed": self.seed}
+        return shared | {"kind": kind, "max_length": self.model.max_length, "precision": str(self.model.model.dtype)[6:]} | more
+
+    def job_header(
+        self, kind: str, task: str, data_seed: int, config: TuneConfig, learning_rate: float, **more: Any
+    ) -> dict[str, Any]:
+        """Return the header of what a job makes."""
+        sample = self.sample(task, data_seed)
+        data = digest_examples([*sample.train, *sample.validation])
+        return self.header(
+            kind, task=task, data_seed=data_seed, data=data, metric=self.task(task).metric, decoding=self.decoding,
+            tuning=asdict(config), learning_rate=learning_rate, **more,
+        )  # fmt: skip
+
+    def prompts(self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> dict[str, Artifact]:
+        """Return the best soft prompt of each task that has one in the cache."""
+        shared = self.header("soft-prompt", data_seed=data_seed, decoding=self.decoding)
+        wanted = set(tasks)
+        found = [a for a in self.store.find(**shared) if a.header["task"] in wanted]
+        current = [a for a in found if a.header["data"] == self.job_data(a.header["task"], data_seed)]
+        return {a.header["task"]: a for a in best_of_grid(current, ["task"])}
+
+    def job_data(self, task: str, data_seed: int) -> str:
+        """Return the digest of a task's few-shot rows."""
+        sample = self.sample(task, data_seed)
+        return digest_examples([*sample.train, *sample.validation])
+
+    def read_prompts(self, artifacts: Iterable[Artifact]) -> Tensor:
+        """Return soft prompts (tasks, prompt_length, hidden)."""
+        shape = {"soft_prompt": (self.length, self.model.hidden)}
+        return torch.stack([read_tensors(a.path, shape, self.model.device)["soft_prompt"] for a in artifacts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How jobs are tuned: options of collect, tune and run."""
+
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of a job.  [default: 150; 1000]")] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a job in one update.  [default: 8]")] = None
+    learning_rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Relative to the embeddings; repeat it for a grid: validation chooses.  [default: 0.3; 0.1]"),
+    ] = None
+    evaluations: Annotated[int, typer.Option(min=1, help="Validations in a run.")] = TuneConfig.evaluations
+    patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job; 0: never.")] = (
+        TuneConfig.patience
+    )
+    slots: Annotated[int, typer.Option(min=1, help="Jobs tuned at once.")] = 16
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")] = False
+
+    def config(self, experiment: Experiment) -> TuneConfig:
+        """Return the engine's configuration."""
+        return TuneConfig(
+            steps=self.steps or experiment.preset("steps"),
+            batch_size=self.batch_size or experiment.preset("batch_size"),
+            evaluations=self.evaluations,
+            patience=self.patience,
+        )
+
+    def learning_rates(self, experiment: Experiment) -> list[float]:
+        """Return the grid."""
+        return self.learning_rate or [experiment.preset("learning_rate")]
+
+
+def make_jobs(
+    experiment: Experiment,
+    kind: str,
+    tasks: Iterable[str],
+    data_seed: int,
+    tuning: Tuning,
+    draw: Callable[[str], Tensor],
+    **more: Any,
+) -> list[Job]:
+    """Return a job per task and learning rate."""
+
+    def rows(task: str) -> tuple[list[Encoded], list[Encoded]]:
+        sample = experiment.sample(task, data_seed)
+        return experiment.encoded(task, sample.train), experiment.encoded(task, sample.validation)
+
+    config = tuning.config(experiment)
+    return [
+        Job(
+            experiment.job_header(kind, task, data_seed, config, rate, **more),
+            draw(task), rate, experiment.task(task).metric, partial(rows, task),
+        )
+        for task in tasks for rate in tuning.learning_rates(experiment)
+    ]  # fmt: skip
+
+
+def collect_jobs(experiment: Experiment, tuning: Tuning, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> list[Job]:
+    """Return the jobs of prompt tuning: theta is zero, at the initial prompt."""
+    zero = torch.zeros(experiment.prompt_space.size)
+    return make_jobs(experiment, "soft-prompt", tasks, data_seed, tuning, lambda task: zero)
+
+
+def tune_jobs(
+    experiment: Experiment, tuning: Tuning, tasks: Iterable[str], data_seed: int, found: FoundSpace, start: str
+) -> list[Job]:
+    """Return the jobs of intrinsic tuning, each from its own random intrinsic vector."""
+    seen = found.subspace.project(experiment.read_prompts(found.collection))
+    center = seen.mean(0)
+
+    def draw(task: str) -> Tensor:
+        seed = int(digest({"task": task, "data_seed": data_seed, "seed": experiment.seed}), 16) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        if start == "random":  # the paper's rule: N(0, 0.02)
+            return 0.02 * torch.randn(found.subspace.size, generator=generator)
+        mix = torch.randn(len(seen), generator=generator).to(seen) / math.sqrt(len(seen))
+        return center + mix @ (seen - center)  # a draw from the normal distribution with the seen vectors' mean and covariance
+
+    more = {"space": found.space, "dim": found.subspace.size, "start": start, "subspace": found.digest}
+    return make_jobs(experiment, "intrinsic-vector", tasks, data_seed, tuning, draw, **more)
+
+
+def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
+    """Tune the jobs whose files are not there yet, writing each file as its job finishes and a checkpoint now and then."""
+    waiting = [job for job in jobs if not experiment.store.has(job.header)]
+    config, store = tuning.config(experiment), experiment.store
+    checkpoint, saved = store.folder / "unfinished.safetensors", time.monotonic()
+
+    def save_unfinished(table: JobTable) -> None:
+        tensors = {
+            f"{digest(job.header)}.{name}": values[i] for i, job in enumerate(table.jobs) for name, values in table.state.items()
+        }
+        write_file(checkpoint, experiment.header("checkpoint"), {}, tensors)
+
+    with progress(label, len(waiting) * config.steps) as advance:
+        table: JobTable | None = None
+
+        def on_step(now: JobTable) -> None:
+            nonlocal table, saved
+            table = now
+            advance(int(now.state["step"].sum()) + done * config.steps, now)
+            if time.monotonic() - saved > 30:
+                save_unfinished(now)
+                saved = time.monotonic()
+
+        done = 0
+        try:
+            results = tune(
+                experiment.model, space, waiting, config, slots=tuning.slots, decoding=experiment.decoding,
+                resume=read_unfinished(checkpoint), on_step=on_step,
+            )  # fmt: skip
+            for result in results:
+                tensors = (
+                    {"soft_prompt": result.soft_prompt} if isinstance(space, PromptSpace) else {"intrinsic_vector": result.theta}
+                )
+                store.save(result.job.header, result.record, tensors)
+                done += 1
+        except KeyboardInterrupt:
+            if table is not None and table.jobs:
+                save_unfinished(table)
+            raise
+    checkpoint.unlink(missing_ok=True)
+
+
+def read_unfinished(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the states of unfinished jobs by job digest."""
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    if checkpoint.exists():
+        from safetensors.torch import load_file
+
+        read_metadata(checkpoint)
+        for key, tensor in load_file(checkpoint).items():
+            job, _, name = key.partition(".")
+            states[job][name] = tensor
+    return states
+
+
+@dataclass(frozen=True)
+class FoundSpace:
+    """A subspace, what it is called, and the collected prompts that it belongs to."""
+
+    space: str
+    subspace: Subspace
+    digest: str
+    collection: list[Artifact]
+
+
+def find_space(experiment: Experiment, space: str, dim: int) -> FoundSpace:
+    """Return a subspace of the cache, or make one that needs no learning (linear, random).
+
+    Raises:
+        IptError: there is no such subspace, or no soft prompt of a seen task, in the cache.
+    """
+    collection = collected(experiment)
+    if space == "subspace":
+        shared = experiment.header("subspace", dim=dim, prompts=[digest(a.header) for a in collection])
+        found = experiment.store.find(**shared)
+        if len(found) != 1:
+            raise IptError(
+                f"the cache holds {len(found)} subspaces of dim {dim} for these {len(collection)} prompts, expected one: "
+                + (
+                    f"remove all but one of {', '.join(str(a.path) for a in found)}"
+                    if found
+                    else f"run 'ipt fit-subspace --dim {dim}'"
+                )
+            )
+        return FoundSpace(space, read_subspace(experiment, found[0]), digest(found[0].header), collection)
+    name = digest({"space": space, "dim": dim, "prompts": [digest(a.header) for a in collection]})
+    prompts, initial = experiment.read_prompts(collection), experiment.prompt_space.initial_prompt
+    if space == "linear":
+        return FoundSpace(space, linear_subspace(prompts, initial, dim=dim), name, collection)
+    unit = float((prompts - initial).pow(2).mean().sqrt())
+    return FoundSpace(space, random_subspace(initial, unit=unit, dim=dim, inner=SubspaceConfig.inner, seed=0), name, collection)
+
+
+def collected(experiment: Experiment) -> list[Artifact]:
+    """Return the soft prompts of the seen tasks.
+
+    Raises:
+        IptError: one is missing; nothing is ever put in its place.
+    """
+    seen = experiment.named("seen")
+    found = experiment.prompts(seen)
+    missing = [task for task in seen if task not in found]
+    if missing or not seen:
+        raise IptError(
+            f"{len(missing)} of {len(seen)} seen tasks have no soft prompt in {experiment.store.folder} ({', '.join(missing[:5])} ...): "
+            "run 'ipt collect' with the same options first"
+        )
+    return [found[task] for task in seen]
+
+
+def fit(experiment: Experiment, config: SubspaceConfig) -> Path:
+    """Find a subspace of the seen tasks' prompts, unless the cache holds it; return its file."""
+    collection = collected(experiment)
+    header = experiment.header("subspace", dim=config.dim, prompts=[digest(a.header) for a in collection], config=asdict(config))
+    path = experiment.store.path(header)
+    if not path.exists():
+        initial = experiment.prompt_space.initial_prompt
+        rows = [
+            experiment.encoded(a.header["task"], experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection
+        ]
+        last: dict[str, float] = {}
+        with progress(f"subspace, dim {config.dim}", config.warmup_steps + config.steps) as advance:
+
+            def on_step(step: int, lm_loss: float, unexplained: float) -> None:
+                last.update(lm_loss=lm_loss, unexplained=unexplained)
+                advance(step + 1, None)
+
+            subspace = fit_subspace(experiment.model, experiment.read_prompts(collection), initial, rows, config, on_step=on_step)
+        record = {"unit": subspace.unit, **{k: v for k, v in last.items() if math.isfinite(v)}}
+        experiment.store.save(header, record, subspace.weights)
+    return path
+
+
+def read_subspace(experiment: Experiment, artifact: Artifact) -> Subspace:
+    """Return a subspace from its file."""
+    n, dim, inner = experiment.prompt_space.size, artifact.header["dim"], artifact.header["config"]["inner"]
+    shapes = {"in.weight": (dim, n), "in.bias": (dim,), "hidden.weight": (inner, dim), "hidden.bias": (inner,)}
+    weights = read_tensors(artifact.path, shapes | {"out.weight": (n, inner), "out.bias": (n,)}, experiment.model.device)
+    return Subspace(experiment.prompt_space.initial_prompt, artifact.record["unit"], weights)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A soft prompt whose test score is wanted."""
+
+    score: Score
+    """With nan for a score."""
+    source: str
+    """Digest of what the prompt is made of."""
+    soft_prompt: Callable[[], Tensor]
+
+
+def candidates(experiment: Experiment) -> list[Candidate]:
+    """Return every soft prompt, reconstruction and intrinsic vector of the split's tasks that the cache holds."""
+    found = experiment.prompts(experiment.places)
+    out = [
+        Candidate(
+            Score("prompt tuning", task, math.nan, "prompt"),
+            digest(a.header),
+            partial(lambda a: experiment.read_prompts([a])[0], a),
+        )
+        for task, a in found.items()
+    ]
+    spaces: dict[str, FoundSpace] = {}
+    if all(task in found for task in experiment.named("seen")):
+        prompts = [digest(a.header) for a in collected(experiment)]
+        for artifact in experiment.store.find(**experiment.header("subspace", prompts=prompts)):
+            space = FoundSpace("subspace", read_subspace(experiment, artifact), digest(artifact.header), [])
+            spaces[space.digest] = space
+            out += [_reconstruction(experiment, space, task, a) for task, a in found.items()]
+    shared = experiment.header("intrinsic-vector", decoding=experiment.decoding)
+    vectors = [a for a in experiment.store.find(**shared) if a.header["task"] in experiment.places]
+    vectors = [a for a in vectors if a.header["data"] == experiment.job_data(a.header["task"], a.header["data_seed"])]
+    for artifact in best_of_grid(vectors, ["task", "data_seed", "space", "start", "dim", "subspace"]):
+        header = artifact.header
+        if header["space"] != "subspace" and header["subspace"] not in spaces:
+            space = find_space(experiment, header["space"], header["dim"])
+            spaces[space.digest] = space
+        if header["subspace"] in spaces:  # else it belongs to another collection of prompts
+            out.append(_tuned(experiment, spaces[header["subspace"]], artifact))
+    return out
+
+
+def _reconstruction(experiment: Experiment, space: FoundSpace, task: str, artifact: Artifact) -> Candidate:
+    def soft_prompt() -> Tensor:
+        return space.subspace.back_project(space.subspace.project(experiment.read_prompts([artifact])))[0]
+
+    name = quantity("MSF", experiment.places[task], same_data=True)
+    score = Score(name, task, math.nan, dim=space.subspace.size, data_seed=artifact.header["data_seed"], subspace=space.digest)
+    return Candidate(score, digest({"prompt": digest(artifact.header), "subspace": space.digest}), soft_prompt)
+
+
+def _tuned(experiment: Experiment, space: FoundSpace, artifact: Artifact) -> Candidate:
+    def soft_prompt() -> Tensor:
+        vector = read_tensors(artifact.path, {"intrinsic_vector": (space.subspace.size,)}, experiment.model.device)
+        return space.subspace.back_project(vector["intrinsic_vector"][None])[0]
+
+    h = artifact.header
+    name = quantity("IST", experiment.places[h["task"]], same_data=h["data_seed"] == COLLECTION_SEED)
+    score = Score(name, h["task"], math.nan, h["space"], h["start"], h["dim"], h["data_seed"], space.digest)
+    return Candidate(score, digest(h), soft_prompt)
+
+
+def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Score]:
+    """Return test scores, each computed once and kept in the cache."""
+    tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
+    rows = {task: digest_examples(test) for task, test in tests.items()}
+    files = [
+        experiment.store.folder
+        / "scores"
+        / f"{digest({'of': c.source, 'rows': rows[c.score.task], 'decoding': experiment.decoding})}.json"
+        for c in wanted
+    ]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    with progress("test scores", len(missing)) as advance:
+        for start in range(0, len(missing), 32):
+            some = missing[start : start + 32]
+            encoded = [experiment.encoded(wanted[i].score.task, tests[wanted[i].score.task]) for i in some]
+            prompts = torch.stack([wanted[i].soft_prompt() for i in some])
+            pairs = [(at, example) for at, examples in enumerate(encoded) for example in examples]
+            answers = iter(experiment.model.answer(prompts, pairs, decoding=experiment.decoding))
+            for i, examples in zip(some, encoded, strict=True):
+                texts = [answer.text for answer in itertools.islice(answers, len(examples))]
+                score = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
+                write_bytes(files[i], json.dumps({"score": score, "n": len(examples), "task": wanted[i].score.task}).encode())
+            advance(start + len(some), None)
+    return [replace(c.score, score=json.loads(file.read_bytes())["score"]) for c, file in zip(wanted, files, strict=True)]
+
+
+def floor_scores(experiment: Experiment, tasks: Iterable[str]) -> list[Score]:
+    """Return what costs nothing: the backbone without any prompt, and the commonest training answer to every test row."""
+    empty = torch.zeros(0, experiment.model.hidden, device=experiment.model.device)
+    scores, without = [], []
+    for task in tasks:
+        sample = experiment.sample(task, COLLECTION_SEED)
+        without.append(
+            Candidate(
+                Score("no prompt", task, math.nan, "prompt"), digest({"prompt": experiment.model.fingerprint}), lambda: empty
+            )
+        )
+        commonest = Counter(e.answers[0] for e in sample.train).most_common(1)[0][0]
+        score = METRICS[experiment.task(task).metric]([commonest] * len(sample.test), [e.answers for e in sample.test])
+        scores.append(Score("majority answer", task, score, "prompt"))
+    return scores + test_scores(experiment, without)
+
+
+def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
+    """Score all that the cache holds; return the report (the paper's table) and the scores behind it.
+
+    Raises:
+        IptError: there is no soft prompt to compare with.
+    """
+    wanted = candidates(experiment)
+    if not wanted:
+        raise IptError(
+            f"{experiment.store.folder} holds no soft prompt of the split {experiment.split or experiment.preset('split')!r}: run 'ipt collect' first"
+        )
+    scores = test_scores(experiment, wanted)
+    tuned = {s.task: s.score for s in scores if s.quantity == "prompt tuning"}
+    floors = floor_scores(experiment, tuned)
+    report: dict[str, Any] = {
+        "backbone": experiment.backbone,
+        "split": experiment.split or experiment.preset("split"),
+        "prompt_tuning": {},
+    }
+    for place in dict.fromkeys(experiment.places[task] for task in tuned):
+        own = [task for task in tuned if experiment.places[task] == place]
+        named = {"mean_score": tuned} | {
+            name.replace(" ", "_"): {s.task: s.score for s in floors if s.quantity == name}
+            for name in ("no prompt", "majority answer")
+        }
+        report["prompt_tuning"][place] = {"n_tasks": len(own)} | {
+            name: _mean(values[t] for t in own) for name, values in named.items()
+        }
+    report["rows"] = result_rows([s for s in scores if s.quantity != "prompt tuning"], tuned)
+    return report, scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How a subspace is found: options of fit-subspace and run."""
+
+    subspace_steps: Annotated[int | None, typer.Option(min=1, help="Updates on both losses.  [default: 300; 2000]")] = None
+    alpha: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction error.")] = SubspaceConfig.alpha
+    lm_loss: Annotated[bool, typer.Option("--lm-loss/--no-lm-loss", help="Learn from the tasks' loss.")] = True
+    reconstruction_loss: Annotated[
+        bool, typer.Option("--reconstruction-loss/--no-reconstruction-loss", help="Learn to reconstruct the prompts.")
+    ] = True
+
+    def config(self, experiment: Experiment, dim: int) -> SubspaceConfig:
+        """Return the configuration for one dimension."""
+        steps = self.subspace_steps or experiment.preset("subspace_steps")
+        return SubspaceConfig(
+            dim=dim, steps=steps, alpha=self.alpha, lm_loss=self.lm_loss, reconstruction_loss=self.reconstruction_loss
+        )
+
+
+def split_tasks(tasks, name):
+    return {t.name: t.splits[name] for t in tasks.values() if name in t.splits}
+
+
+# --- Command line --------------------------------------------------------------------------------
+# Results on stdout, progress and messages on stderr. A command is a signature, a line of help and a call of a stage.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by 250 numbers.",
+)
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for every field of its dataclass parameters."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            types, members = get_type_hints(hints[name], include_extras=True), fields(hints[name])
+            groups[name] = hints[name], [f.name for f in members]
+            parameters += [
+                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+                for f in members
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def expanded(**values: Any) -> None:
+        for name, (kind, members) in groups.items():
+            values[name] = kind(**{member: values.pop(member) for member in members})
+        command(**values)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.")]
+SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
+UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
+DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.  [default: 250]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def chosen(experiment: Experiment, task: list[str] | None, seen: bool, unseen: bool) -> list[str]:
+    """Return the tasks that the options name; all of the split when they name none."""
+    named = [experiment.task(name).name for name in task or []]
+    places = [place for place, wanted in (("seen", seen), ("unseen", unseen)) if wanted]
+    return list(dict.fromkeys(named + experiment.named(*places))) or list(experiment.places)
+
+
+@app.command()
+@options
+def collect(
+    experiment: Experiment,
+    tuning: Tuning,
+    task: TaskOption = None,
+    seen: SeenOption = False,
+    unseen: UnseenOption = False,
+    data_seed: Annotated[int, typer.Option(help="Of the few-shot rows.")] = COLLECTION_SEED,
+) -> None:
+    """Tune a soft prompt for each task.
+
+    Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
+    """
+    jobs = collect_jobs(experiment, tuning, chosen(experiment, task, seen, unseen), data_seed)
+    do_jobs(experiment, tuning, [(f"collect {len(jobs)}", experiment.prompt_space, jobs)])
+
+
+@app.command("fit-subspace")
+@options
+def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = None) -> None:
+    """Find the subspace of the seen tasks' soft prompts.
+
+    Example: ipt fit-subspace --dim 250 --dim 10
+    """
+    for size in dim or [250]:
+        say(f"{fit(experiment, fitting.config(experiment, size))}")
+
+
+@app.command("tune")
+@options
+def tune_(
+    experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
+    dim: DimOption = None, data_seed: Annotated[int, typer.Option(help="Of the few-shot rows; another than 100 on seen tasks is the unseen-data challenge.")] = COLLECTION_SEED,
+    space: Annotated[str, typer.Option(help="prompt, subspace, linear or random.")] = "subspace",
+    start: Annotated[str, typer.Option(help="Intrinsic vectors start at random, or from the distribution of the seen tasks' (seen).")] = "random",
+) -> None:  # fmt: skip
+    """Tune an intrinsic vector for each task.
+
+    Example: ipt tune --task day-next --dim 250 --data-seed 21
+    """
+    for name, value, known in (
+        ("space", space, ("prompt", "subspace", "linear", "random")),
+        ("start", start, ("random", "seen")),
+    ):
+        if value not in known:
+            raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
+    tasks = chosen(experiment, task, seen, unseen)
+    if space == "prompt":
+        batches = [("tune prompts", experiment.prompt_space, collect_jobs(experiment, tuning, tasks, data_seed))]
+    else:
+        batches = []
+        for size in dim or [250]:
+            found = find_space(experiment, space, size)
+            batches.append(
+                (f"tune {space} {size}", found.subspace, tune_jobs(experiment, tuning, tasks, data_seed, found, start))
+            )
+    do_jobs(experiment, tuning, batches)
+
+
+@app.command("eval")
+@options
+def eval_(
+    experiment: Experiment,
+    per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score everything in the cache on the test rows, and print the paper's table.
+
+    Example: ipt eval --per-task
+    """
+    report, scores = evaluate(experiment)
+    print_report(report, scores if per_task else [], as_json)
+
+
+@app.command()
+@options
+def run(
+    experiment: Experiment,
+    tuning: Tuning,
+    fitting: Fitting,
+    dim: DimOption = None,
+    data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the whole experiment: collect, fit-subspace, tune, eval. What is done already is not done again.
+
+    Example: ipt run --quick
+    """
+    if quick:
+        tuning, fitting = replace(tuning, steps=tuning.steps or 60), replace(fitting, subspace_steps=fitting.subspace_steps or 60)
+        some = experiment.named("seen")[::5] + experiment.named("unseen")[::4]
+        experiment.__dict__["places"] = {task: experiment.places[task] for task in some}
+    dims = dim or ([50, 10] if quick else [250, 10])
+    seen, unseen = experiment.named("seen"), experiment.named("unseen")
+    prompts = collect_jobs(experiment, tuning, seen + unseen)
+    plan(experiment, tuning, prompts, n_vectors=(len(seen) + len(unseen)) * (2 * len(dims) + 1), dims=dims)
+    if tuning.dry_run:
+        return
+    run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
+    for size in dims:
+        fit(experiment, fitting.config(experiment, size))
+    for space, size, start in [("subspace", size, start) for size in dims for start in ("random", "seen")] + [
+        ("random", dims[0], "random")
+    ]:
+        found = find_space(experiment, space, size)
+        jobs = tune_jobs(experiment, tuning, seen, data_seed, found, start) + tune_jobs(
+            experiment, tuning, unseen, COLLECTION_SEED, found, start
+        )
+        run_jobs(experiment, found.subspace, jobs, tuning, f"tune {space} {size} from {start}")
+    report, _ = evaluate(experiment)
+    print_report(report, [], as_json)
+
+
+@app.command("tasks")
+@options
+def tasks_(
+    experiment: Experiment,
+    task: Annotated[str | None, typer.Argument(help="One task to look at.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the task's few-shot sample as the backbone gets it.")] = False,
+) -> None:
+    """List the tasks: kind, metric, place in the split, source.
+
+    Example: ipt tasks day-next --show
+    """
+    if task and show:
+        sample = experiment.sample(experiment.task(task).name, COLLECTION_SEED)
+        for part in ("train", "validation", "test"):
+            for example in getattr(sample, part)[:32]:
+                tokens = len(experiment.model.tokenizer(example.input).input_ids)
+                stdout.print(
+                    f"{part} ({tokens} tokens): {example.input} -> {' / '.join(example.answers)}", markup=False, soft_wrap=True
+                )
+        return
+    table = Table("task", "kind", "metric", "place", "source", box=None, pad_edge=False)
+    for name in [experiment.task(task).name] if task else list(experiment.places):
+        row = experiment.task(name)
+        table.add_row(name, row.kind, row.metric, experiment.places.get(name, "-"), f"{row.source}")
+    stdout.print(table)
+
+
+def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str, Space, list[Job]]]) -> None:
+    """Tune batches of jobs, or only tell the plan; say where the results are."""
+    for label, space, jobs in batches:
+        plan(experiment, tuning, jobs)
+        if not tuning.dry_run:
+            run_jobs(experiment, space, jobs, tuning, label)
+    say(f"results: {experiment.store.folder}")
+
+
+def plan(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, n_vectors: int = 0, dims: Sequence[int] = ()) -> None:
+    """Say what will be done, and how long it will take by a few measured steps."""
+    waiting = [job for job in jobs if not experiment.store.has(job.header)]
+    config = tuning.config(experiment)
+    n_jobs = len(waiting) + n_vectors
+    text = f"plan: {len(waiting)} soft prompts to tune ({len(jobs) - len(waiting)} are there)"
+    if dims:
+        text += f", subspaces of dim {' and '.join(map(str, dims))}, {n_vectors} intrinsic vectors (those that are not there)"
+    text += f"; up to {n_jobs * config.steps:,} steps of {config.batch_size} rows"
+    if waiting:
+        seconds = seconds_per_step(experiment, waiting[: tuning.slots], config)
+        text += f", {seconds * n_jobs * config.steps / 60:.1f} minutes at the {1000 * seconds:.1f} ms a step just measured"
+    say(text)
+
+
+def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneConfig) -> float:
+    """Measure one job's share of a step: the fastest of three, after one to warm up."""
+    table = JobTable(experiment.prompt_space.size, experiment.model.device)
+    for job in jobs:
+        table.add(job)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        _step(experiment.model, experiment.prompt_space, table, config)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:]) / len(jobs)
+
+
+def say(text: str) -> None:
+    """Print a message on stderr."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int, JobTable | None], None]]:
+    """Show a bar with what is left, or plain lines when stderr is no terminal; nothing when there is nothing to do."""
+    if not total:
+        yield lambda done, table: None
+        return
+    begin, told = time.monotonic(), 0.0
+    with contextlib.ExitStack() as stack:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bar = stack.enter_context(Progress(*columns, console=stderr)) if stderr.is_terminal else None
+        line = bar.add_task(label, total=total) if bar else None
+
+        def advance(done: int, table: JobTable | None) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if bar and line is not None:
+                bar.update(line, completed=done)
+            elif now - told > 15 and now - begin > 15:
+                told = now
+                say(f"{label}: {100 * done / total:.0f} %, {(now - begin) * (total - done) / max(1, done) / 60:.1f} minutes left")
+
+        yield advance
+        if bar and line is not None:
+            bar.update(line, completed=total)
+    if not stderr.is_terminal:
+        say(f"{label}: done in {time.monotonic() - begin:.0f} s")
+
+
+def print_report(report: dict[str, Any], scores: Sequence[Score], as_json: bool) -> None:
+    """Print the paper's table for people, or all of it as one JSON object."""
+    if as_json:
+        per_task = {"scores": [asdict(score) for score in scores]} if scores else {}
+        sys.stdout.write(json.dumps(report | per_task) + "\n")
+        return
+    stdout.print(f"backbone {report['backbone']}, split {report['split']}", markup=False)
+    floors = Table("prompt tuning", "n", "mean score", "no prompt", "majority answer", box=None, pad_edge=False)
+    for place, row in report["prompt_tuning"].items():
+        floors.add_row(
+            f"{place} tasks", str(row["n_tasks"]), *(_number_text(row[k]) for k in ("mean_score", "no_prompt", "majority_answer"))
+        )
+    stdout.print(floors)
+    stdout.print()
+    table = Table(
+        "quantity",
+        "dim",
+        "space",
+        "start",
+        "data seed",
+        "n",
+        "excluded",
+        "E_rel",
+        "95 %",
+        "mean score",
+        "prompt tuning",
+        "ratio",
+        box=None,
+        pad_edge=False,
+    )
+    for row in report["rows"]:
+        table.add_row(
+            row["quantity"], str(row["dim"]), row["space"], row["start"] or "-", str(row["data_seed"]), str(row["n_tasks"]), str(row["n_excluded"]),
+            _number_text(row["e_rel"]), f"{_number_text(row['e_rel_low'])}-{_number_text(row['e_rel_high'])}",
+            *(_number_text(row[k]) for k in ("mean_score", "mean_prompt_tuning", "ratio_of_means")),
+        )  # fmt: skip
+    stdout.print(table)
+    if scores:
+        each = Table("task", "quantity", "dim", "space", "start", "data seed", "score", box=None, pad_edge=False)
+        for s in sorted(scores, key=lambda s: (s.task, s.quantity)):
+            each.add_row(
+                s.task, s.quantity, str(s.dim or "-"), s.space, s.start or "-", str(s.data_seed or "-"), f"{s.score:.3f}"
+            )
+        stdout.print("", each)
+
+
+def _number_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def main() -> None:
+    """Run the command line; a mistake that a person can mend is one line and exit code 1."""
+    try:
+        app()
+    except IptError as error:
+        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
