@@ -32,6 +32,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -40,9 +41,9 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial, wraps
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
@@ -51,7 +52,6 @@ import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     import datasets
@@ -82,6 +82,13 @@ IGNORE = -100
 """The label of a position that is padding, as in transformers."""
 
 
+def shipped(name: str) -> Path:
+    """Return where a file or folder that ships with the package is: installed beside this file, in a clone under tests/."""
+    here = Path(__file__).parent
+    places = [here / "ipt_data" / name, here / "tests" / "shipped" / name]
+    return next((place for place in places if place.exists()), places[0])
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
@@ -91,8 +98,8 @@ class IptError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause that names what an unknown name may have meant."""
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+    matches = difflib.get_close_matches(name, list(known))
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 # --- World ---------------------------------------------------------------------------------------
@@ -172,205 +179,6 @@ class World:
             f"world {self.name}: cannot read the question part {' '.join(words)!r}: expected 'SLOT COLUMN', 'SLOT VALUE' or "
             f"'same COLUMN SLOT SLOT' with the slots {', '.join(self.slots)}"
         )
-
-
-# --- Tasks ---------------------------------------------------------------------------------------
-# A task is a source of few-shot samples and a metric. Sources: a world (the testbed), the Hub or local files, a gym folder.
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row of a task as text."""
-
-    input: str
-    answers: tuple[str, ...]
-    """The references; the first is what is trained on."""
-    options: tuple[str, ...] = ()
-    """What can be answered; empty when the answer is free."""
-
-
-@dataclass(frozen=True)
-class FewShotSample:
-    """A task's rows for one data seed; the test rows are the same for all seeds."""
-
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-
-
-class Source(Protocol):
-    """Where a task's rows come from."""
-
-    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
-        """Draw a few-shot sample.
-
-        Args:
-            data_seed: chooses the training and validation rows, never the test rows.
-            shots: rows per label for classification, half the rows in total otherwise; as many again for validation.
-            test_rows: at most so many test rows, the first of a fixed order; None for all.
-
-        Raises:
-            IptError: there are too few rows.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A row of tasks.yaml, or a task of a gym folder."""
-
-    name: str
-    kind: str
-    """What its answers are: classification, multiple-choice, extraction, transformation or free-form."""
-    metric: str
-    splits: Mapping[str, str]
-    """Name of a split -> this task's place in it: seen or unseen (unseen-in, unseen-out)."""
-    source: Source
-    category: str = ""
-    note: str = ""
-    pretrained: bool = False
-    """The testbed's backbone was trained on this very question."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses duplicate keys, where YAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key, count in Counter(keys).items() if count > 1]
-        if twice:
-            raise IptError(f"{self.name}: {twice[0]!r} stands twice{node.start_mark}: remove one of them")
-        return super().construct_mapping(node, deep)
-
-
-def read_tasks_file(file: Path) -> dict[str, Any]:
-    """Parse a tasks file into its top-level mappings `worlds` and `tasks`."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506, a subclass of SafeLoader
-    except FileNotFoundError as error:
-        raise IptError(f"there is no tasks file {file}: name another with --tasks-file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
-        raise IptError(f"{file}: expected a mapping with the key 'tasks', got {type(content).__name__}")
-    return content
-
-
-def load_worlds(file: Path) -> dict[str, World]:
-    """Return the worlds of a tasks file."""
-    worlds = {}
-    for name, row in read_tasks_file(file).get("worlds", {}).items():
-        try:
-            lexicon = {
-                table: [SimpleNamespace(**dict(zip(columns["columns"], entry.split(), strict=True))) for entry in columns["rows"]]
-                for table, columns in row["lexicon"].items()
-            }
-            worlds[name] = World(name, row["sentence"], row["slots"], lexicon)
-            worlds[name].describe(worlds[name].draw(random.Random(0)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise IptError(
-                f"{file}: world {name}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table) and 'lexicon' "
-                "(table: columns and rows, as many words in each row as there are columns)"
-            ) from error
-    return worlds
-
-
-WORLD_FIELDS = {"world", "kind", "question", "metric", "splits", "pretrained"}
-WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
-
-
-def parse_world_task(name: str, row: dict[str, Any], worlds: Mapping[str, World], file: Path) -> Task:
-    """Return a task whose rows are drawn from a world."""
-    where = f"{file}: task {name}"
-    for key in row.keys() - WORLD_FIELDS:
-        raise IptError(f"{where}: unknown field {key!r}{nearest(key, WORLD_FIELDS)}; expected {', '.join(sorted(WORLD_FIELDS))}")
-    if row["world"] not in worlds:
-        raise IptError(f"{where}: there is no world {row['world']!r} in this file{nearest(str(row['world']), worlds)}")
-    if row.get("kind") not in WORLD_METRICS:
-        raise IptError(f"{where}: kind is {row.get('kind')!r}, expected one of {', '.join(WORLD_METRICS)}")
-    world, question = worlds[row["world"]], row.get("question")
-    if not isinstance(question, str):
-        raise IptError(f"{where}: 'question' is {question!r}, expected text such as 'day next'")
-    try:
-        world.answer(question, world.draw(random.Random(0)))
-    except IptError as error:
-        raise IptError(f"{where}: {error}") from error
-    metric = row.get("metric", WORLD_METRICS[row["kind"]])
-    if metric not in METRICS:
-        raise IptError(f"{where}: unknown metric {metric!r}{nearest(str(metric), METRICS)}; expected {', '.join(METRICS)}")
-    source = WorldRows(world, question, row["kind"])
-    return Task(
-        name=name,
-        kind=row["kind"],
-        metric=metric,
-        splits=row.get("splits", {}),
-        source=source,
-        pretrained=row.get("pretrained", False),
-    )
-
-
-def load_tasks(file: Path) -> dict[str, Task]:
-    """Return the tasks of a tasks file, in its order."""
-    content, worlds = read_tasks_file(file), load_worlds(file)
-    tasks = {}
-    for name, row in content["tasks"].items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise IptError(
-                f"{file}: {name!r} cannot be a task's name: expected letters, digits, '.', '_' and '-' (quote yes and no)"
-            )
-        if not isinstance(row, dict):
-            raise IptError(f"{file}: task {name}: expected a mapping of fields, got {row!r}")
-        tasks[name] = parse_world_task(name, row, worlds, file) if "world" in row else parse_hub_task(name, row, file)
-    return tasks
-
-
-@dataclass(frozen=True)
-class WorldRows:
-    """Rows of a world without end; a sentence's checksum decides its part, so that train, validation and test never meet."""
-
-    world: World
-    question: str
-    kind: str
-
-    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
-        """Draw rows, as many of every label for classification."""
-        labels = self.world.labels(self.question) if self.kind == "classification" else [None]
-        count = shots * len(labels) if labels != [None] else 2 * shots
-        return FewShotSample(
-            train=tuple(itertools.islice(self._draw(f"train {data_seed}", parts=(2, 3), labels=labels), count)),
-            validation=tuple(itertools.islice(self._draw(f"validation {data_seed}", parts=(1,), labels=labels), count)),
-            test=tuple(itertools.islice(self._draw("test", parts=(0,), labels=labels), 100 if test_rows is None else test_rows)),
-        )
-
-    def _draw(self, stream: str, *, parts: tuple[int, ...], labels: Sequence[str | None]) -> Iterator[Example]:
-        """Yield examples of one of the four parts of all sentences, the wanted label going round; no sentence comes twice."""
-        rng, seen = random.Random(f"{self.question} {stream}"), set()
-        for label in itertools.cycle(labels):
-            for _ in range(100_000):
-                scene = self.world.draw(rng)
-                sentence, answer = self.world.describe(scene), self.world.answer(self.question, scene)
-                if label in (None, answer) and sentence not in seen and zlib.crc32(sentence.encode()) % 4 in parts:
-                    break
-            else:
-                raise IptError(
-                    f"world {self.world.name}: the question {self.question!r} has too few rows for the answer {label!r}"
-                )
-            seen.add(sentence)
-            if self.kind == "multiple-choice":
-                options = self._draw_options(answer, rng)
-                yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
-            else:
-                yield Example(sentence, (answer,), tuple(self.world.labels(self.question)) if label else ())
-
-    def _draw_options(self, answer: str, rng: random.Random) -> tuple[str, ...]:
-        """Return the answer among up to two other answers that the question can have, in random order."""
-        options = {answer}
-        while len(options) < min(3, len(self.world.labels(self.question))):
-            options.add(self.world.answer(self.question, self.world.draw(rng)))
-        return tuple(rng.sample(sorted(options), len(options)))
-
-
-OPTION_MARK = "|"
-"""Stands before each option in a multiple-choice input of a world."""
 
 
 # --- Metrics -------------------------------------------------------------------------------------
@@ -478,6 +286,872 @@ def _number(text: str) -> float:
         return 0.0
 
 
+# --- Tasks ---------------------------------------------------------------------------------------
+# A task is a source of few-shot samples and a metric. Sources: a world (the testbed), the Hub or local files, a gym folder.
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task as text."""
+
+    input: str
+    answers: tuple[str, ...]
+    """The references; the first is what is trained on."""
+    options: tuple[str, ...] = ()
+    """What can be answered; empty when the answer is free."""
+    tail: int = 0
+    """The last so many characters of `input` that truncation spares: it cuts the end of what stands before them."""
+
+
+@dataclass(frozen=True)
+class FewShotSample:
+    """A task's rows for one data seed; the test rows are the same for all seeds."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+class Source(Protocol):
+    """Where a task's rows come from."""
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Draw a few-shot sample.
+
+        Args:
+            data_seed: chooses the training and validation rows, never the test rows.
+            shots: rows per label for classification, half the rows in total otherwise; as many again for validation.
+            test_rows: at most so many test rows, the first of a fixed order; None for all.
+
+        Raises:
+            IptError: there are too few rows.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A row of tasks.yaml, or a task of a gym folder."""
+
+    name: str
+    kind: str
+    """What its answers are: classification, multiple-choice, extraction, transformation or free-form."""
+    metric: str
+    splits: Mapping[str, str]
+    """Name of a split -> this task's place in it: seen or unseen (unseen-in, unseen-out)."""
+    source: Source
+    category: str = ""
+    note: str = ""
+    pretrained: bool = False
+    """The testbed's backbone was trained on this very question."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys, where YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise IptError(f"{self.name}: {twice[0]!r} stands twice{node.start_mark}: remove one of them")
+        return super().construct_mapping(node, deep)
+
+
+def read_tasks_file(file: Path) -> dict[str, Any]:
+    """Parse a tasks file into its top-level mappings `worlds` and `tasks`."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError as error:
+        raise IptError(f"there is no tasks file {file}: name another with --tasks-file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
+        raise IptError(f"{file}: expected a mapping with the key 'tasks', got {type(content).__name__}")
+    return content
+
+
+def load_worlds(file: Path) -> dict[str, World]:
+    """Return the worlds of a tasks file."""
+    worlds = {}
+    for name, row in read_tasks_file(file).get("worlds", {}).items():
+        try:
+            lexicon = {
+                table: [SimpleNamespace(**dict(zip(columns["columns"], entry.split(), strict=True))) for entry in columns["rows"]]
+                for table, columns in row["lexicon"].items()
+            }
+            worlds[name] = World(name, row["sentence"], row["slots"], lexicon)
+            worlds[name].describe(worlds[name].draw(random.Random(0)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IptError(
+                f"{file}: world {name}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table), 'lexicon' "
+                "(table: columns and rows, as many words in each row as there are columns)"
+            ) from error
+    return worlds
+
+
+WORLD_FIELDS = {"world", "kind", "question", "metric", "splits", "pretrained"}
+WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
+
+
+def parse_world_task(name: str, row: dict[str, Any], worlds: Mapping[str, World], file: Path) -> Task:
+    """Return a task whose rows are drawn from a world."""
+    where = f"{file}: task {name}"
+    for key in row.keys() - WORLD_FIELDS:
+        raise IptError(f"{where}: unknown field {key!r}{nearest(key, WORLD_FIELDS)}; expected {', '.join(sorted(WORLD_FIELDS))}")
+    if row["world"] not in worlds:
+        raise IptError(f"{where}: there is no world {row['world']!r} in this file{nearest(str(row['world']), worlds)}")
+    if row.get("kind") not in WORLD_METRICS:
+        raise IptError(f"{where}: kind is {row.get('kind')!r}, expected one of {', '.join(WORLD_METRICS)}")
+    world, question = worlds[row["world"]], row.get("question")
+    if not isinstance(question, str):
+        raise IptError(f"{where}: 'question' is {question!r}, expected text such as 'day next'")
+    try:
+        world.answer(question, world.draw(random.Random(0)))
+    except IptError as error:
+        raise IptError(f"{where}: {error}") from error
+    metric = row.get("metric", WORLD_METRICS[row["kind"]])
+    if metric not in METRICS:
+        raise IptError(f"{where}: unknown metric {metric!r}{nearest(str(metric), METRICS)}; expected {', '.join(METRICS)}")
+    source = WorldRows(world, question, row["kind"])
+    return Task(
+        name=name,
+        kind=row["kind"],
+        metric=metric,
+        splits=row.get("splits", {}),
+        source=source,
+        pretrained=row.get("pretrained", False),
+    )
+
+
+def load_tasks(file: Path) -> dict[str, Task]:
+    """Return the tasks of a tasks file, in its order."""
+    content, worlds = read_tasks_file(file), load_worlds(file)
+    tasks = {}
+    for name, row in content["tasks"].items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise IptError(
+                f"{file}: {name!r} cannot be a task's name: expected letters, digits, '.', '_' and '-' (quote yes and no)"
+            )
+        if not isinstance(row, dict):
+            raise IptError(f"{file}: task {name}: expected a mapping of fields, got {row!r}")
+        tasks[name] = parse_world_task(name, row, worlds, file) if "world" in row else parse_hub_task(name, row, file)
+    return tasks
+
+
+@dataclass(frozen=True)
+class WorldRows:
+    """Rows of a world without end; a sentence's checksum decides its part, so that train, validation and test never meet."""
+
+    world: World
+    question: str
+    kind: str
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Draw rows, as many of every label for classification."""
+        labels = self.world.labels(self.question) if self.kind == "classification" else [None]
+        count = shots * len(labels) if labels != [None] else 2 * shots
+        return FewShotSample(
+            train=tuple(itertools.islice(self._draw(f"train {data_seed}", parts=(2, 3), labels=labels), count)),
+            validation=tuple(itertools.islice(self._draw(f"validation {data_seed}", parts=(1,), labels=labels), count)),
+            test=tuple(itertools.islice(self._draw("test", parts=(0,), labels=labels), 1000 if test_rows is None else test_rows)),
+        )
+
+    def _draw(self, stream: str, *, parts: tuple[int, ...], labels: Sequence[str | None]) -> Iterator[Example]:
+        """Yield examples of one of the four parts of all sentences, the wanted label going round; no sentence comes twice."""
+        rng, seen = random.Random(f"{self.question} {stream}"), set()
+        for label in itertools.cycle(labels):
+            for _ in range(100_000):
+                scene = self.world.draw(rng)
+                sentence, answer = self.world.describe(scene), self.world.answer(self.question, scene)
+                if label in (None, answer) and sentence not in seen and zlib.crc32(sentence.encode()) % 4 in parts:
+                    break
+            else:
+                raise IptError(
+                    f"world {self.world.name}: the question {self.question!r} has too few rows for the answer {label!r}"
+                )
+            seen.add(sentence)
+            if self.kind == "multiple-choice":
+                options = self._draw_options(answer, rng)
+                yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
+            else:
+                yield Example(sentence, (answer,), tuple(self.world.labels(self.question)) if label else ())
+
+    def _draw_options(self, answer: str, rng: random.Random) -> tuple[str, ...]:
+        """Return the answer among up to two other answers that the question can have, in random order."""
+        options = {answer}
+        while len(options) < min(3, len(self.world.labels(self.question))):
+            options.add(self.world.answer(self.question, self.world.draw(rng)))
+        return tuple(rng.sample(sorted(options), len(options)))
+
+
+OPTION_MARK = "|"
+"""Stands before each option in a multiple-choice input of a world."""
+
+
+# --- CrossFit's few-shot samples -----------------------------------------------------------------
+# Rows in, rows out, in CrossFit's order and, as a TSV file, in CrossFit's bytes, so that its published MD5s can be compared.
+
+CROSSFIT_SEEDS = (100, 13, 21, 42, 87)
+Rows = tuple[Example, ...]
+
+
+def crossfit_sample(rows: Sequence[Example], *, seed: int, shots: int, per_label: bool) -> tuple[Rows, Rows]:
+    """Draw train and validation rows exactly as CrossFit does.
+
+    Args:
+        rows: The whole training set, in the order of its files.
+        seed: Of numpy's legacy generator, which shuffles a copy of `rows`.
+        shots: Rows per label where `per_label`, else in total: train takes the first so many, validation the next.
+        per_label: A label is the answer's text; labels follow each other in the order of their first row after the shuffle.
+
+    Returns:
+        Train and validation rows. A label with too few rows gives fewer, as in CrossFit.
+    """
+    groups: dict[str, list[Example]] = {}
+    for row in _shuffle(rows, seed):
+        groups.setdefault("\t".join(row.answers) if per_label else "", []).append(row)
+    train = tuple(row for group in groups.values() for row in group[:shots])
+    validation = tuple(row for group in groups.values() for row in group[shots : 2 * shots])
+    return train, validation
+
+
+def _shuffle(rows: Sequence[Example], seed: int) -> list[Example]:
+    shuffled = list(rows)
+    np.random.RandomState(seed).shuffle(shuffled)  # type: ignore[arg-type]  # the draws of np.random.seed and shuffle
+    return shuffled
+
+
+def crossfit_tsv(examples: Iterable[Example]) -> bytes:
+    """Return the bytes of CrossFit's TSV file: per line the input and all references, tab-separated, nothing escaped."""
+    return "".join("\t".join((row.input, *row.answers)) + "\n" for row in examples).encode()
+
+
+def verify_task(task: Task) -> list[tuple[str, int, str]]:
+    """Rebuild a task's samples and compare them with the MD5s that CrossFit published.
+
+    Returns:
+        (part, seed, "equal" or "different"): train and dev of five seeds, then test once, as all seeds share it.
+    """
+    lines = (line.split() for line in shipped("crossfit_md5.txt").read_text(encoding="utf-8").splitlines())
+    published = next((digits for name, *digits in lines if name == task.name), None)
+    if published is None:
+        raise IptError(f"CrossFit published no MD5s for task '{task.name}'; only its own tasks can be verified")
+    samples = {seed: task.source.sample(seed, shots=16, test_rows=None) for seed in CROSSFIT_SEEDS}
+    parts = [(part, seed, rows) for seed, it in samples.items() for part, rows in (("train", it.train), ("dev", it.validation))]
+    parts.append(("test", CROSSFIT_SEEDS[0], samples[CROSSFIT_SEEDS[0]].test))
+    verdicts = []
+    for (part, seed, rows), digits in zip(parts, published, strict=True):
+        equal = hashlib.md5(crossfit_tsv(rows)).hexdigest().startswith(digits)
+        verdicts.append((part, seed, "equal" if equal else "different"))
+    return verdicts
+
+
+# --- Tasks from the Hub and from local files -----------------------------------------------------
+# A row of tasks.yaml says how a record of a dataset becomes text: replace, clean, transform, keep -> template -> Example.
+
+Record = dict[str, Any]
+CONVERTED = "refs/convert/parquet"
+WAY_OUT = "; a folder of CrossFit or MetaICL files can stand in: --data DIR"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HubDataset:
+    """A source: one dataset of the Hub, or local files, and the way its records become examples.
+
+    A *path* in a field names a column, or what lies inside one: `sql.human_readable`, `candidates.0`. A name steps into a record,
+    or into each record of a list; a number picks from a list.
+    """
+
+    where: str
+    """The file and the task, for messages."""
+    folder: Path
+    """Local `data_files` are relative to it."""
+    template: str
+    """The input: text with {path} fields, lists joined by `join`; {options} is every option in `option_style`."""
+    answer: str
+    """Path of the label, of the key that picks the right option, or of all references."""
+    dataset: str = ""
+    """Name on the Hub, or csv, json, parquet, text with `data_files`."""
+    config: str | None = None
+    revision: str | None = None
+    """`refs/convert/parquet` reads the Hub's own conversion of a dataset that is still a script."""
+    data_files: Mapping[str, str] | None = None
+    """Split name -> URL or local path."""
+    reader: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the file reader, such as the separator of a csv file."""
+    train: str = "train"
+    """Split to draw from. Brackets shuffle it with seed 42 and take a slice: train[:80%], train[10000:11000]."""
+    test: str = "validation"
+    replace: Mapping[str, str] = field(default_factory=dict)
+    """Text replaced in every string of a record; the new text is a template."""
+    clean: str | Mapping[str, str] = ""
+    """A name of CLEANERS for the whole input, or column -> cleaner."""
+    transform: Sequence[Any] = ()
+    """A name of TRANSFORMS, then its arguments."""
+    keep: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Path -> the values that a record must have there, other records are left out; an empty list: anything but empty."""
+    join: str = " "
+    truncate: str = ""
+    """Field of the template whose end goes when an input is too long; `start`: the beginning of the input goes."""
+    options: str | Sequence[str] = ()
+    """Path of the list of options, or one path per option."""
+    option_labels: str = ""
+    """Path of the letters before the options; A, B, C ... without it."""
+    option_style: str = " ({letter}) {text}"
+    pick: str = "text"
+    """What `answer` holds: the right option's `text`, its `label`, its `letter` (A, B ...), its `index` from 0 or its `number`
+    from 1; `free` when it is no option but a text of its own."""
+    verbalizer: Mapping[str, str] = field(default_factory=dict)
+    """Label -> the words that answer it; the words are the options."""
+    per_label: bool = False
+    """Whether shots count per label or in total."""
+    references: str = ""
+    """`unique` drops empty and repeated references, `sorted` also sorts them. CrossFit left the order of unique ones to chance,
+    so where a row has several its MD5 cannot be met."""
+    join_answers: str | None = None
+    """Joins several answers to one; without it they are alternative references."""
+    clean_answers: str = ""
+    unavailable: str = ""
+    """Why the dataset cannot be had any more."""
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total; the test rows are the same for all seeds."""
+        count = shots if self.per_label else 2 * shots
+        rows = _rows_of_split(self, self.train)
+        train, validation = crossfit_sample(rows, seed=data_seed, shots=count, per_label=self.per_label)
+        if not validation:
+            raise IptError(
+                f"{self.where}: the {len(rows)} rows of '{self.train}' are too few for {count} shots and validation rows"
+            )
+        test = () if test_rows == 0 else _rows_of_split(self, self.test)[:test_rows]
+        return FewShotSample(train, validation, test)
+
+    def examples(self, records: Iterable[Record]) -> Iterator[Example]:
+        """Turn records into examples, in order, without those that the transform or `keep` leave out."""
+        records = map(self._edited, records)
+        try:
+            if self.transform:
+                records = TRANSFORMS[self.transform[0]](records, *self.transform[1:])
+            for record in records:
+                if all(_is_kept(self._value(record, path, "keep"), values) for path, values in self.keep.items()):
+                    yield self._example(record)
+        except KeyError as error:  # only a transform can raise it
+            raise IptError(f"{self.where}: transform needs column {error}, which the data lacks") from error
+
+    def _edited(self, record: Record) -> Record:
+        """Apply `replace`, and `clean` where it names columns."""
+        for old, new in self.replace.items():
+            record = _map_text(record, operator.methodcaller("replace", old, self._render(new, record, ())))
+        columns = self.clean.items() if isinstance(self.clean, Mapping) else ()
+        return record | {column: _map_text(self._value(record, column, "clean"), CLEANERS[how]) for column, how in columns}
+
+    def _example(self, record: Record) -> Example:
+        paths = [self.options] if isinstance(self.options, str) else self.options
+        options = tuple(text for path in paths for text in _texts(self._value(record, path, "options")))
+        clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
+        head, tail = (self._render(part, record, options) for part in self._parts)
+        text, answers = clean(head + tail), self._answers(record, options)
+        spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
+        choices = tuple(dict.fromkeys(self.verbalizer.values())) or (() if self.pick == "free" else options)
+        return Example(text, answers, choices, spared)
+
+    @cached_property
+    def _parts(self) -> tuple[str, str]:
+        """The template up to the field that truncation shortens, and the rest, which it spares."""
+        *others, last = template_fields(self.template) or [""]
+        gives_way = self.truncate or (others[-1] if others and last == "options" else "start")
+        head, mark, tail = self.template.partition("{" + gives_way + "}")
+        return head + mark, tail
+
+    def _render(self, template: str, record: Record, options: Sequence[str]) -> str:
+        def text_of(path: str) -> str:
+            if path != "options" or not self.options:
+                return self.join.join(_texts(self._value(record, path, "template")))
+            labels = self._value(record, self.option_labels, "option_labels") if self.option_labels else string.ascii_uppercase
+            return "".join(self.option_style.format(letter=a, text=b) for a, b in zip(labels, options, strict=False))
+
+        parts = string.Formatter().parse(template)
+        return "".join(literal + (text_of(path) if path is not None else "") for literal, path, *_ in parts)
+
+    def _answers(self, record: Record, options: Sequence[str]) -> tuple[str, ...]:
+        answers = _texts(self._value(record, self.answer, "answer"))
+        if self.verbalizer:
+            answers = tuple(map(self._word, answers))
+        elif self.pick != "free":
+            answers = (self._picked(record, answers[0], options),)
+        if self.references:
+            answers = tuple(dict.fromkeys(filter(None, answers)))
+        if self.references == "sorted":
+            answers = tuple(sorted(answers))
+        if self.join_answers is not None:
+            answers = (self.join_answers.join(answers),)
+        return tuple(map(CLEANERS[self.clean_answers], answers)) or ("",)
+
+    def _word(self, label: str) -> str:
+        if label not in self.verbalizer:
+            known = ", ".join(self.verbalizer)
+            raise IptError(
+                f"{self.where}: verbalizer has no words for label '{label}' of '{self.answer}', only for {known}; add it"
+            )
+        return self.verbalizer[label]
+
+    def _picked(self, record: Record, key: str, options: Sequence[str]) -> str:
+        """Return the right option."""
+        if self.pick in ("index", "number"):
+            position = int(key) - (self.pick == "number") if key.isdigit() else -1
+        else:
+            labels = _texts(self._value(record, self.option_labels, "option_labels")) if self.pick == "label" else ()
+            among = {"text": options, "label": labels, "letter": string.ascii_uppercase}[self.pick]
+            wanted = key.upper() if self.pick == "letter" else key
+            position = list(among).index(wanted) if wanted in list(among) else -1
+        if not 0 <= position < len(options):
+            raise IptError(f"{self.where}: '{key}' of '{self.answer}' is no {self.pick} of the {len(options)} options {options}")
+        return options[position]
+
+    def _value(self, record: Record, path: str, field_name: str) -> Any:
+        try:
+            return _look_up(record, path)
+        except (KeyError, IndexError, TypeError) as error:
+            columns = ", ".join(record)
+            raise IptError(
+                f"{self.where}: {field_name} names '{path}', which the data lacks; its columns are {columns}"
+            ) from error
+
+
+@lru_cache(maxsize=2)  # train and test of the task at hand, for all its seeds
+def _rows_of_split(source: HubDataset, split: str) -> Rows:
+    """Load one split as examples, in CrossFit's order."""
+    name, bracket, bounds = split.partition("[")
+    rows = tuple(source.examples(_load_records(source, name)))
+    if not bracket:
+        return rows
+    start, stop = (
+        int(int(bound[:-1]) / 100 * len(rows)) if bound.endswith("%") else int(bound) if bound else None
+        for bound in bounds.removesuffix("]").split(":")
+    )
+    return tuple(_shuffle(rows, 42)[start:stop])
+
+
+def _load_records(source: HubDataset, split: str) -> Iterator[Record]:
+    """Read the records of one split through `datasets`; a failure names task, dataset and reason."""
+    if source.unavailable:
+        raise IptError(f"{source.where} cannot be loaded: {source.unavailable}{WAY_OUT}")
+    files = source.data_files
+    if source.revision == CONVERTED:  # one folder per config and split, which `datasets` would mix up
+        files = {split: f"{source.config or 'default'}/{split}/*.parquet"}
+    elif files and source.dataset in ("csv", "json", "parquet", "text"):
+        files = {name: file if "://" in file else str(source.folder / file) for name, file in files.items()}
+    config = None if source.revision == CONVERTED else source.config
+    try:
+        table = datasets.load_dataset(
+            source.dataset, config, revision=source.revision, data_files=files, split=split, **source.reader
+        )
+    except Exception as error:  # load_dataset lets through whatever its HTTP client, file system or reader raises
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise IptError(f"{source.where}: split '{split}' of '{source.dataset}' could not be loaded: {reason}{WAY_OUT}") from error
+    return iter(table)
+
+
+def template_fields(template: str) -> list[str]:
+    """List the paths that a template names, in order."""
+    return [path for _, path, *_ in string.Formatter().parse(template) if path is not None]
+
+
+def _look_up(value: Any, path: str) -> Any:
+    """Follow a path; a name goes through lists to every record in them."""
+    for step in path.split("."):
+        if isinstance(value, list):
+            value = value[int(step)] if step.isdigit() else [_look_up(item, step) for item in value]
+        else:
+            value = value[step]
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Flatten a value to strings: lists in order, a missing value as the empty string, booleans as YAML writes them."""
+    if isinstance(value, list):
+        return tuple(text for item in value for text in _texts(item))
+    if value is None:
+        return ("",)
+    return (str(value).lower() if isinstance(value, bool) else str(value),)
+
+
+def _is_kept(value: Any, values: Sequence[str]) -> bool:
+    return any(text in values if values else text for text in _texts(value))
+
+
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Change every string inside a value."""
+    if isinstance(value, dict):
+        return {key: _map_text(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "": str,
+    "strip": str.strip,
+    "newlines": lambda text: text.replace("\n", " "),
+    "breaks": lambda text: re.sub(r"[\n\r\t]", " ", text),
+    "whitespace": lambda text: " ".join(text.replace(r"\n", " ").split()),  # also a newline that the data spells out
+    "quotes": lambda text: text.strip("'"),
+    "letter": lambda text: text[2:],  # A)text
+    "compact": lambda text: text.replace(" ", "").lower(),
+}
+
+# What no field of a row can say. Each takes all records of a split in order, and the arguments that the row gives.
+
+
+def _merge(records: Iterable[Record], column: str, *keys: str) -> Iterator[Record]:
+    """Make one record of those equal in `keys`, its `column` the list of theirs: several references of one input."""
+    merged: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        merged.setdefault(tuple(record[key] for key in keys), record | {column: []})[column].append(record[column])
+    return iter(merged.values())
+
+
+def _dialogues(records: Iterable[Record]) -> Iterator[Record]:
+    """Leave out the broken utterances of empathetic_dialogues, then merge the answers to one prompt."""
+    return _merge((record for record in records if "hit:" not in record["utterance"]), "utterance", "prompt", "context")
+
+
+def _pair(records: Iterable[Record], right: str, wrong: str) -> Iterator[Record]:
+    """Put two sentences in an order drawn row by row (seed 42); `label` is the position of the right one."""
+    coin = np.random.RandomState(42)
+    for record in records:
+        if coin.random_sample() > 0.5:
+            yield {"first": record[right], "second": record[wrong], "label": 0}
+        else:
+            yield {"first": record[wrong], "second": record[right], "label": 1}
+
+
+def _acronym(records: Iterable[Record]) -> Iterator[Record]:
+    """Read acronym and long form off the token tags, of sentences with exactly one of each."""
+    for record in records:
+        tags = record["labels"]
+        if tags.count(0) == tags.count(1) == 1:
+            spans = {}
+            for name, begin, inside in (("long", 0, 2), ("short", 1, 3)):
+                start = tags.index(begin)
+                length = next((n for n, tag in enumerate(tags[start + 1 :], 1) if tag != inside), len(tags) - start)
+                spans[name] = record["tokens"][start : start + length]
+            yield record | spans
+
+
+def _majority(records: Iterable[Record], path: str) -> Iterator[Record]:
+    """Take the label that most annotators gave; ties are left out."""
+    for record in records:
+        (label, count), *others = Counter(_look_up(record, path)).most_common(2)
+        if not others or count > others[0][1]:
+            yield record | {"majority": label}
+
+
+def _band(records: Iterable[Record], column: str, low: float, high: float) -> Iterator[Record]:
+    """Make a label of a score: 0 below `low`, 1 above `high`; what lies between is left out."""
+    return (row | {"label": int(row[column] > high)} for row in records if not low <= row[column] <= high)
+
+
+def _math_options(records: Iterable[Record]) -> Iterator[Record]:
+    """Cut math_qa's options out of their one string as CrossFit does: at every comma, even one inside a number."""
+    for record in records:
+        parts = enumerate(record["options"].split(",")[:5])
+        options = [part[4 if index == 0 else 5 : None if index == 4 else -1] for index, part in parts]
+        if options["abcde".index(record["correct"])]:
+            yield record | {"options": options}
+
+
+def _inline_options(records: Iterable[Record]) -> Iterator[Record]:
+    """Find the two options inside quarel's question."""
+    for record in records:
+        _, *options = re.split(r"\([AB]\) ?", record["question"], maxsplit=2)
+        yield record | {"options": [option.removesuffix("or ").strip() for option in options]}
+
+
+def _multirc(records: Iterable[Record]) -> Iterator[Record]:
+    """Gather multirc's options of one question; the answer is every right one."""
+    records = ({**row, "question_id": row["idx"]["question"], "answer": (row["answer"], row["label"])} for row in records)
+    for row in _merge(records, "answer", "question_id"):
+        right = [text for text, label in row["answer"] if label == 1]
+        yield row | {"options": [text for text, _ in row["answer"]], "right": right or ["NO ANSWER!"]}
+
+
+def _infobox(records: Iterable[Record]) -> Iterator[Record]:
+    """Write wiki_bio's table as text; tables whose headers and cells do not match are left out."""
+    for record in records:
+        title, (headers, cells) = (
+            record["input_text"]["context"],
+            map(record["input_text"]["table"].get, ("column_header", "content")),
+        )
+        if len(headers) == len(cells):
+            lines = [f"{header}: {cell.strip()} [n] ".replace("\n", " ") for header, cell in zip(headers, cells, strict=True)]
+            yield record | {"title": title.strip(), "infobox": "".join(lines)}
+
+
+def _proto_qa(records: Iterable[Record]) -> Iterator[Record]:
+    """Parse proto_qa line by line: its answers are the keys of a mapping, whose order a table would lose."""
+    for row in (json.loads(record["text"]) for record in records):
+        yield {"question": row["question"]["normalized"], "answers": list(row["answers"]["raw"])}
+
+
+def _gold_paragraphs(records: Iterable[Record]) -> Iterator[Record]:
+    """Keep the paragraphs of hotpot_qa that support the answer."""
+    for record in records:
+        paragraphs = zip(record["context"]["title"], record["context"]["sentences"], strict=True)
+        gold = ["".join(sentences) for title, sentences in paragraphs if title in record["supporting_facts"]["title"]]
+        yield record | {"gold": " ".join(gold).strip()}
+
+
+TRANSFORMS: dict[str, Callable[..., Iterator[Record]]] = {
+    "merge": _merge,
+    "dialogues": _dialogues,
+    "pair": _pair,
+    "acronym": _acronym,
+    "majority": _majority,
+    "band": _band,
+    "math_options": _math_options,
+    "inline_options": _inline_options,
+    "multirc": _multirc,
+    "infobox": _infobox,
+    "proto_qa": _proto_qa,
+    "gold_paragraphs": _gold_paragraphs,
+}
+
+
+# --- Rows of tasks.yaml --------------------------------------------------------------------------
+# Checked field by field before anything is loaded.
+
+TASK_FIELDS = ("metric", "kind", "category", "note", "splits")
+MAPPING_FIELDS = ("data_files", "reader", "verbalizer", "keep", "replace", "splits")
+ROW_FIELDS: dict[str, tuple[type, ...]] = {
+    **{setting.name: (str,) for setting in fields(HubDataset) if setting.name not in ("where", "folder", "per_label")},
+    **dict.fromkeys(TASK_FIELDS, (str,)),
+    **dict.fromkeys(MAPPING_FIELDS, (dict,)),
+    **{"options": (str, list), "clean": (str, dict), "transform": (str, list)},
+}
+_NAMES_OF_TYPES: dict[type, str] = {str: "text", dict: "a mapping", list: "a list"}
+CHOICES: dict[str, Collection[str]] = {
+    "kind": ("classification", "multiple-choice", "free-form"),
+    "metric": METRICS,
+    "pick": ("text", "label", "letter", "index", "number", "free"),
+    "references": ("unique", "sorted"),
+    "splits": ("seen", "unseen", "unseen-in", "unseen-out"),
+    "clean": CLEANERS,
+    "clean_answers": CLEANERS,
+}
+
+
+def parse_hub_task(name: str, row: Any, file: Path) -> Task:
+    """Make a task of one row of a tasks file.
+
+    Raises:
+        IptError: For the first field that is unknown, missing, of the wrong type or names something that does not exist.
+    """
+    where = f"{file.name}: task '{name}'"
+    if not isinstance(row, dict):
+        raise IptError(f"{where} is {_described(row)}, not a mapping of fields such as dataset, template, answer")
+    for key, value in row.items():
+        _check_field(where, str(key), value)
+    for key in ("template", "answer", "metric", *(() if "unavailable" in row else ("dataset",))):
+        if key not in row:
+            raise IptError(f"{where} has no field '{key}', which every row needs")
+    kind = row.get("kind") or (
+        "classification" if "verbalizer" in row else "multiple-choice" if "options" in row else "free-form"
+    )
+    needed = {"classification": "verbalizer", "multiple-choice": "options"}.get(kind)
+    if needed and not row.get(needed):
+        raise IptError(f"{where} is of kind {kind}, so it needs field '{needed}'")
+    settings = {key: value for key, value in row.items() if key not in TASK_FIELDS}
+    settings["verbalizer"] = {_texts(label)[0]: word for label, word in row.get("verbalizer", {}).items()}
+    settings["keep"] = {path: _texts(values) for path, values in row.get("keep", {}).items()}
+    settings["transform"] = [row["transform"]] if isinstance(row.get("transform"), str) else row.get("transform", ())
+    settings.setdefault("pick", "free" if kind != "multiple-choice" else "text")
+    source = HubDataset(where=where, folder=file.parent, per_label=kind == "classification", **settings)
+    _check_row(source)
+    about = {key: row[key] for key in ("metric", "category", "note") if key in row}
+    return Task(name=name, kind=kind, splits=row.get("splits", {}), source=source, **about)
+
+
+def _check_field(where: str, key: str, value: Any) -> None:
+    """Refuse an unknown field, a value of the wrong type, and text that YAML read as something else."""
+    if key not in ROW_FIELDS:
+        raise IptError(f"{where} has an unknown field '{key}'{nearest(key, ROW_FIELDS)}")
+    if not isinstance(value, ROW_FIELDS[key]):
+        expected = " or ".join(_NAMES_OF_TYPES[kind] for kind in ROW_FIELDS[key])
+        raise IptError(f"{where}: field '{key}' must be {expected}, not {_described(value)}")
+    for entry, text in value.items() if isinstance(value, dict) and key != "reader" else ():
+        if not isinstance(text, list if key == "keep" else str):
+            expected = "a list of values" if key == "keep" else "text"
+            raise IptError(f"{where}: field '{key}', entry '{_texts(entry)[0]}' must be {expected}, not {_described(text)}")
+    for text in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(text, str) and text not in CHOICES.get(key, [text]):
+            raise IptError(
+                f"{where}: field '{key}' is '{text}'{nearest(text, CHOICES[key])}; it can be {', '.join(CHOICES[key])}"
+            )
+
+
+def _check_row(source: HubDataset) -> None:
+    """Refuse what contradicts itself or cannot be read."""
+    try:
+        parts = list(string.Formatter().parse(source.template))
+    except ValueError as error:
+        raise IptError(
+            f"{source.where}: field 'template' cannot be read ({error}); double a brace that is meant as text"
+        ) from error
+    named = template_fields(source.template)
+    if not all(named) or any(spec or conversion for *_, spec, conversion in parts):
+        raise IptError(f"{source.where}: a field of the template is a bare {{column}}, without '!' or ':' and not empty")
+    if source.truncate not in ("", "start", *named):
+        raise IptError(f"{source.where}: truncate names '{source.truncate}', but the template has only {', '.join(named)}")
+    if source.transform and source.transform[0] not in TRANSFORMS:
+        name = str(source.transform[0])
+        raise IptError(
+            f"{source.where}: there is no transform '{name}'{nearest(name, TRANSFORMS)}; there are {', '.join(TRANSFORMS)}"
+        )
+    if source.pick == "label" and not source.option_labels:
+        raise IptError(f"{source.where}: pick is 'label', so option_labels must name the column of the labels")
+    for split in (source.train, source.test):
+        if not re.fullmatch(r"[^\[\]]+(\[(\d+%?)?:(\d+%?)?\])?", split):
+            raise IptError(f"{source.where}: split '{split}' cannot be read; write a name or a slice such as train[:80%]")
+
+
+def _described(value: Any) -> str:
+    """Name a YAML value as its writer knows it, with the remedy if it is text without quotes."""
+    if value is None or isinstance(value, list | dict):
+        return "empty" if value is None else "a list" if isinstance(value, list) else "a mapping"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (in YAML yes, no, on and off are booleans: quote it)"
+    return f"{value} (quote it)"
+
+
+# --- Splits of the tasks -------------------------------------------------------------------------
+# Which tasks the subspace is found with, and which it never sees.
+
+
+def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Resolve the name of a split to task -> seen, unseen, unseen-in or unseen-out.
+
+    Args:
+        tasks: All known tasks; their `splits` say what they are in random, cls and non-cls.
+        name: Such a split; a name in `subsets`; or without-<type>, such as without-nli: the seen tasks of random but for those of
+            one type, and all tasks of that type as unseen.
+        subsets: Name -> the seen tasks, for random-20 and the like, whose unseen tasks are those of random.
+    """
+    base = {task.name: task.splits["random"] for task in tasks.values() if "random" in task.splits}
+    types = {task: "without-" + tasks[task].category.partition("/")[2] for task in base}
+    if name in types.values():
+        return {
+            task: "unseen" if types[task] == name else role
+            for task, role in base.items()
+            if name == types[task] or role == "seen"
+        }
+    if name in subsets:
+        return dict.fromkeys(subsets[name], "seen") | {task: role for task, role in base.items() if role != "seen"}
+    known = sorted({*subsets, *types.values(), *(split for task in tasks.values() for split in task.splits)})
+    if name not in known:
+        raise IptError(f"there is no task split '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+    return {task.name: task.splits[name] for task in tasks.values() if name in task.splits}
+
+
+# --- Gym folders ---------------------------------------------------------------------------------
+# Few-shot files that CrossFit (TSV) or MetaICL (JSONL) built, K and seeds as found. <task>_test.jsonl serves all seeds.
+
+GYM_FILE = re.compile(r"(?P<task>.+?)(_(?P<k>\d+)_(?P<seed>\d+))?_(?P<part>train|dev|test)\.(tsv|jsonl)")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GymFolder:
+    """A source: the few-shot files of one task."""
+
+    task: str
+    files: Mapping[tuple[int, int, str], Path]
+    """(K, data seed, train, dev or test) -> file; K and seed are 0 for a test file that serves all seeds."""
+    per_label: bool = False
+    options: tuple[str, ...] = ()
+    """Options of every row, for TSV files, which name none."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The data seeds with both train and dev rows."""
+        return tuple(sorted({seed for k, seed, part in self.files if part == "train" and (k, seed, "dev") in self.files}))
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test rows."""
+        return any(part == "test" for *_, part in self.files)
+
+    def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
+        """Read the sample of one seed; K is `shots` (2 * `shots` in total without labels) if it is there, else the smallest."""
+        if data_seed not in self.seeds:
+            there = ", ".join(map(str, self.seeds))
+            raise IptError(f"task '{self.task}' has no train and dev files for data seed {data_seed}; the folder has {there}")
+        sizes = sorted(k for k, seed, part in self.files if (seed, part) == (data_seed, "train"))
+        wanted = shots if self.per_label else 2 * shots
+        k = wanted if wanted in sizes else sizes[0]
+        test = self.files.get((k, data_seed, "test"), self.files.get((0, 0, "test")))
+        if test is None and test_rows != 0:
+            raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
+        train, dev = (self._read(self.files[k, data_seed, part]) for part in ("train", "dev"))
+        return FewShotSample(train, dev, self._read(test)[:test_rows] if test and test_rows != 0 else ())
+
+    def _read(self, path: Path) -> Rows:
+        lines = path.read_bytes().decode("utf-8").split("\n")  # a row may hold any other line separator
+        return tuple(self._row(f"{path}, line {number}", path.suffix, line) for number, line in enumerate(lines, 1) if line)
+
+    def _row(self, where: str, suffix: str, line: str) -> Example:
+        if suffix == ".tsv":
+            text, *answers = line.split("\t")
+            if not answers:
+                raise IptError(f"{where}: expected an input, a tab and the references, but there is no tab")
+            return Example(text, tuple(answers), self.options)
+        try:
+            row = json.loads(line)
+            return Example(row["input"], (row["output"],), tuple(row.get("options") or ()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise IptError(f"{where}: expected a JSON object with input, output and options ({error!r})") from error
+
+
+def find_gym_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
+    """Find the tasks of a gym folder.
+
+    A known name gives kind, metric, splits and category. Of an unknown task the rows tell: the same options in every row are a
+    classification, changing ones multiple choice, none free-form answers.
+    """
+    found: dict[str, dict[tuple[int, int, str], Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        match = GYM_FILE.fullmatch(path.name)
+        if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
+            found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
+    sources = [GymFolder(task=name, files=files) for name, files in found.items()]
+    tasks = {source.task: _gym_task(source, known.get(source.task)) for source in sources if source.seeds}
+    if not tasks:
+        raise IptError(f"{folder} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev")
+    return tasks
+
+
+def _gym_task(source: GymFolder, known: Task | None) -> Task:
+    if known is None:
+        options = {row.options for row in source.sample(source.seeds[0], shots=16, test_rows=0).train}
+        kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
+        known = Task(name=source.task, kind=kind, metric="EM" if kind == "free-form" else "ACC", splits={}, source=source)
+    words = known.source.verbalizer.values() if isinstance(known.source, HubDataset) else ()
+    per_label = known.kind == "classification"
+    return replace(known, source=replace(source, per_label=per_label, options=tuple(dict.fromkeys(words))))
+
+
+def missing_from_gym(tasks: Mapping[str, Task], wanted: Iterable[str], seeds: Iterable[int]) -> list[str]:
+    """Say, one sentence each, which wanted tasks a gym folder lacks, and which seeds or test rows the others lack."""
+    sentences = []
+    for name in wanted:
+        source = tasks[name].source if name in tasks else None
+        if not isinstance(source, GymFolder):
+            sentences.append(f"task '{name}' is not in the folder")
+            continue
+        absent = [str(seed) for seed in seeds if seed not in source.seeds]
+        sentences += [f"task '{name}' lacks data seeds {', '.join(absent)}"] if absent else []
+        sentences += [] if source.has_test else [f"task '{name}' has no test file"]
+    return sentences
+
+
 # --- Backbone ------------------------------------------------------------------------------------
 # The frozen encoder-decoder and its tokenizer. Soft prompts go in front of the input's embeddings, as in PEFT.
 
@@ -492,6 +1166,7 @@ class Encoded:
     example: Example
     answer_limit: int
     """Tokens to generate at most: those of the task's longest reference."""
+    truncated: bool
 
     def __len__(self) -> int:
         """Return the tokens that a pass over this row holds."""
@@ -526,8 +1201,9 @@ class Backbone:
     """A frozen sequence-to-sequence language model."""
 
     name: str
-    model: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
+    model: Any
+    """A transformers model with an encoder, a decoder and a language-model head."""
+    tokenizer: Any
     fingerprint: str
     """Changes with the architecture, the weights or the tokenizer."""
     max_length: int
@@ -537,7 +1213,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Return where the weights are."""
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def hidden(self) -> int:
@@ -557,9 +1233,10 @@ class Backbone:
         words = [token for token in range(len(self.tokenizer)) if token not in special]
         ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device)
         with torch.no_grad():
-            return self.model.get_input_embeddings()(ids).float()
+            embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
+        return embeddings
 
-    def encode_example(self, example: Example, *, prompt_length: int, answer_limit: int = 0, truncate: str = "end") -> Encoded:
+    def encode_example(self, example: Example, *, prompt_length: int, answer_limit: int = 0) -> Encoded:
         """Tokenise, cutting the input so that prompt, input and end-of-sequence fit.
 
         Raises:
@@ -568,20 +1245,22 @@ class Backbone:
         room = self.max_length - prompt_length
         if room < 4:
             raise IptError(
-                f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {self.max_length} tokens in all; "
-                "use a smaller --prompt-length"
+                f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {self.max_length} tokens in "
+                "all; use a smaller --prompt-length"
             )
         ids = self.tokenizer(example.input).input_ids
-        if len(ids) > room:
-            over = len(ids) - room
-            ids = ids[: room - 1] + ids[-1:] if truncate == "end" else ids[:1] + ids[over + 1 :]
+        if truncated := len(ids) > room:
+            tail = example.input[len(example.input) - example.tail :]
+            spared = 1 + len(self.tokenizer(tail, add_special_tokens=False).input_ids)  # the end of the sequence too
+            head = max(1, room - spared)
+            ids = ids[:head] + ids[len(ids) - (room - head) :]
         target, *options = (self.tokenizer(text_target=text).input_ids for text in (example.answers[0], *example.options))
-        return Encoded(ids, target, options, example, max(answer_limit, len(target)))
+        return Encoded(ids, target, options, example, max(answer_limit, len(target)), truncated)
 
-    def encode_examples(self, examples: Sequence[Example], *, prompt_length: int, truncate: str = "end") -> list[Encoded]:
+    def encode_examples(self, examples: Sequence[Example], *, prompt_length: int) -> list[Encoded]:
         """Tokenise the rows of one task."""
-        limit = max(len(self.tokenizer(text_target=text).input_ids) for e in examples for text in e.answers)
-        return [self.encode_example(e, prompt_length=prompt_length, answer_limit=limit, truncate=truncate) for e in examples]
+        limit = max((len(self.tokenizer(text_target=text).input_ids) for e in examples for text in e.answers), default=1)
+        return [self.encode_example(e, prompt_length=prompt_length, answer_limit=limit) for e in examples]
 
     def encoder_states(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Run the encoder on `soft prompt + input`.
@@ -719,7 +1398,7 @@ def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", m
     return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), budget)
 
 
-def fingerprint(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+def fingerprint(model: Any, tokenizer: Any) -> str:
     """Digest a backbone: its tensors' names and shapes, up to 4,096 evenly spaced values of each, and the vocabulary."""
     digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -727,12 +1406,6 @@ def fingerprint(model: transformers.PreTrainedModel, tokenizer: transformers.Pre
         sampled = flat[:: max(1, len(flat) // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + sampled.numpy().tobytes())
     return digest.hexdigest()
-
-
-def shipped(name: str) -> Path:
-    """Return where a folder that ships with the package is: beside this file when installed, under tests/ in a clone."""
-    here = Path(__file__).parent
-    return next((p for p in (here / f"ipt_{name}", here / "tests" / name) if p.is_dir()), here / f"ipt_{name}")
 
 
 # --- Spaces --------------------------------------------------------------------------------------
@@ -766,7 +1439,7 @@ class PromptSpace:
 
     def back_project(self, theta: Tensor) -> Tensor:
         """Return the initial prompt plus theta, in units of the embeddings."""
-        return self.initial_prompt + self.unit * theta.unflatten(1, self.initial_prompt.shape)
+        return self.initial_prompt + self.unit * theta.view(-1, *self.initial_prompt.shape)
 
 
 @dataclass(frozen=True)
@@ -780,6 +1453,10 @@ class Subspace:
     weights: dict[str, Tensor]
     """in.weight (dim, n), in.bias (dim), hidden.weight (inner, dim), hidden.bias, out.weight (n, inner), out.bias, where n is
     prompt_length * hidden; without the hidden layer (linear), out.weight is (n, dim)."""
+    space: str = "subspace"
+    """Which of the spaces this is: subspace, linear or random."""
+    digest: str = ""
+    """Names what it was made of."""
 
     @property
     def size(self) -> int:
@@ -801,7 +1478,7 @@ class Subspace:
 
     def back_project(self, theta: Tensor) -> Tensor:
         """Map intrinsic vectors to soft prompts."""
-        return self.initial_prompt + self.unit * self.decode(theta).unflatten(1, self.initial_prompt.shape)
+        return self.initial_prompt + self.unit * self.decode(theta).view(-1, *self.initial_prompt.shape)
 
     def unexplained(self, soft_prompts: Tensor, vectors: Tensor) -> Tensor:
         """Return the reconstruction error: the share of the prompts' variance around the initial prompt left unexplained."""
@@ -877,18 +1554,16 @@ class Job:
     """One row of theta: what is tuned, from where, on what."""
 
     header: dict[str, Any]
-    """What the result is a function of; goes into its file."""
+    """What the result is a function of, task, metric, data_seed and learning_rate among it; goes into its file."""
     start: Tensor
     """(size,), float32."""
-    learning_rate: float
-    metric: str
     rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
     """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
 
     @property
     def name(self) -> str:
         """Return what to call the job in messages."""
-        return f"{self.header['task']} (data seed {self.header['data_seed']}, learning rate {self.learning_rate:g})"
+        return f"{self.header['task']} (data seed {self.header['data_seed']}, learning rate {self.header['learning_rate']:g})"
 
 
 @dataclass(frozen=True)
@@ -998,7 +1673,7 @@ def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig)
     state["theta"] = theta.detach()
     _check_finite(losses, table)
     _record_losses(losses, state, config)
-    adam(state, gradient, torch.tensor([job.learning_rate for job in table.jobs]), config)
+    adam(state, gradient, torch.tensor([job.header["learning_rate"] for job in table.jobs]), config)
 
 
 def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tuple[int, Encoded]]) -> tuple[Tensor, Tensor]:
@@ -1078,7 +1753,7 @@ def _validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[i
     for i in due:
         examples = table.rows[i][1]
         own = list(itertools.islice(answers, len(examples)))
-        score = METRICS[table.jobs[i].metric]([a.text for a in own], [e.example.answers for e in examples])
+        score = METRICS[table.jobs[i].header["metric"]]([a.text for a in own], [e.example.answers for e in examples])
         loss = sum(a.loss for a in own) / len(own)
         if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
             state["best_theta"][i] = state["theta"][i]
@@ -1208,23 +1883,15 @@ class Score:
     """The test score of one soft prompt."""
 
     quantity: str
-    """The paper's name, such as T_test(IST)."""
+    """The paper's name, such as T_test(IST); or prompt tuning, no prompt, majority answer."""
     task: str
-    score: float
     space: str = "subspace"
     start: str | None = None
     dim: int | None = None
     data_seed: int | None = None
     subspace: str | None = None
     """Digest of the subspace's header."""
-
-    @property
-    def row(self) -> tuple[Any, ...]:
-        """Return what the table's row is about."""
-        return (self.quantity, self.space, self.start, self.dim, self.data_seed, self.subspace)
-
-
-QUANTITIES = ("T_train(MSF)", "T_test(MSF)", "T_train_same(IST)", "T_train_diff(IST)", "T_test(IST)")
+    value: float = math.nan
 
 
 def quantity(stage: str, place: str, *, same_data: bool) -> str:
@@ -1266,14 +1933,23 @@ def relative_performance(scores: Mapping[str, float], baseline: Mapping[str, flo
 
 def result_rows(scores: Iterable[Score], baseline: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the paper's table: one row per quantity, space, start, dim, data seed and subspace, in the paper's order."""
+    names = ("quantity", "space", "start", "dim", "data_seed", "subspace")
     groups: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for score in scores:
-        groups[score.row][score.task] = score.score
-    names = ("quantity", "space", "start", "dim", "data_seed", "subspace")
+        groups[tuple(getattr(score, name) for name in names)][score.task] = score.value
     rows = [dict(zip(names, group, strict=True)) | relative_performance(own, baseline) for group, own in groups.items()]
-    spaces = ("subspace", "linear", "random")
-    return sorted(rows, key=lambda r: (spaces.index(r["space"]), -(r["dim"] or 0), r["quantity"].split("_")[1][:5] != "train",
-                                       "IST" in r["quantity"], r["start"] or "", r["quantity"], r["data_seed"] or 0))  # fmt: skip
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        stage = ("MSF" not in row["quantity"], "same" not in row["quantity"], row["quantity"], row["start"] or "")
+        return (
+            ("subspace", "linear", "random").index(row["space"]),
+            -row["dim"],
+            "train" not in row["quantity"],
+            stage,
+            row["data_seed"],
+        )
+
+    return sorted(rows, key=place)
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -1286,7 +1962,7 @@ def digest(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def digest_examples(examples: Iterable[Example]) -> str:
+def rows_digest(examples: Iterable[Example]) -> str:
     """Return a name for rows, so that a result is never taken for one on other data."""
     return digest({"rows": [[e.input, e.answers, e.options] for e in examples]})
 
@@ -1377,6 +2053,11 @@ class Artifact:
     header: dict[str, Any]
     record: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """Return the digest of its header."""
+        return digest(self.header)
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -1397,14 +2078,16 @@ class Cache:
         """Write a file."""
         write_file(self.path(header), header, record, tensors)
 
-    def find(self, **wanted: Any) -> list[Artifact]:
-        """Return the files whose header has these values, its kind among them, in the order of their names.
+    def find(self, wanted: Mapping[str, Any], tasks: Iterable[str] | None = None) -> list[Artifact]:
+        """Return the files whose header has these values, `kind` among them; of these tasks, if given; ordered by name.
 
         Raises:
             IptError: a file was made for another backbone.
         """
-        found = []
+        found, names = [], None if tasks is None else set(tasks)
         for path in sorted((self.folder / f"{wanted['kind']}s").glob("*.safetensors")):
+            if names is not None and path.stem.rpartition("-")[0] not in names:
+                continue
             header, record = read_metadata(path)
             if header["backbone"] != self.fingerprint:
                 raise IptError(
@@ -1431,22 +2114,20 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 
 
 # --- Experiment ----------------------------------------------------------------------------------
-# What the commands share: settings, the chosen tasks, the loaded backbone, the cache; and the four stages over them.
+# What the commands share: the settings, the chosen tasks, the loaded backbone, the cache; and the stages over them.
 
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
-PRESETS: dict[bool, dict[str, Any]] = {
-    True: {"prompt_length": 8, "split": TESTBED, "steps": 150, "batch_size": 8, "learning_rate": 0.3, "subspace_steps": 300},
-    False: {
-        "prompt_length": 100,
-        "split": "random",
-        "steps": 1000,
-        "batch_size": 8,
-        "learning_rate": 0.1,
-        "subspace_steps": 2000,
-    },
-}
-"""Defaults on the testbed's backbone (True) and on any other."""
+PRESETS: dict[str, tuple[Any, Any]] = {
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (150, 1000),
+    "batch_size": (8, 8), "learning_rate": (0.3, 0.1), "subspace_steps": (300, 2000),
+}  # fmt: skip
+"""Defaults on the testbed's backbone, and on any other."""
+
+
+def preset_help(name: str, text: str) -> Any:
+    """Return an option's help that ends in its two defaults."""
+    return typer.Option(help=f"{text}  [default: {PRESETS[name][0]} on the testbed, else {PRESETS[name][1]}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1454,36 +2135,29 @@ class Experiment:
     """A backbone, tasks and a cache: the options that all commands share."""
 
     backbone: Annotated[str, typer.Option(help="Hub id or folder of a sequence-to-sequence model.")] = TESTBED
-    split: Annotated[str | None, typer.Option(help="Which tasks are seen and unseen.  [default: testbed; random]")] = None
+    split: Annotated[str | None, preset_help("split", "Which tasks are seen and unseen.")] = None
     data: Annotated[Path | None, typer.Option(help="Gym folder (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
     tasks_file: Annotated[Path, typer.Option(help="Another tasks.yaml.", show_default=False)] = TASKS_FILE
-    cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE, or the user's cache]")] = None
-    prompt_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a soft prompt.  [default: 8; 100]")] = None
+    cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE or the user's]")] = None
+    prompt_length: Annotated[int | None, preset_help("prompt_length", "Tokens of a soft prompt.")] = None
     shots: Annotated[int, typer.Option(min=1, help="Rows per label, or half the rows of a task without labels.")] = 16
-    test_rows: Annotated[int, typer.Option(min=1, help="Test rows of a task, at most.")] = 1000
+    test_rows: Annotated[int | None, preset_help("test_rows", "Test rows of a task, at most.")] = None
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of prompt and input together.")] = 512
     decoding: Annotated[str, typer.Option(help="options: the most likely option; generate: as CrossFit.")] = "options"
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
-    seed: Annotated[int, typer.Option(help="Of the shared initial prompt.")] = 0
+    seed: Annotated[int, typer.Option(help="Of the initial prompt that all tasks share.")] = 0
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Do without seen tasks that have no soft prompt.")] = False
 
     def __post_init__(self) -> None:
         """Check what Typer cannot."""
-        for name, value, known in (
-            ("decoding", self.decoding, ("options", "generate")),
-            ("precision", self.precision, ("auto", "fp32", "bf16")),
-        ):
-            if value not in known:
-                raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
+        check_choice("decoding", self.decoding, "options", "generate")
+        check_choice("precision", self.precision, "auto", "fp32", "bf16")
 
     def preset(self, name: str) -> Any:
-        """Return a default that depends on the backbone."""
-        return PRESETS[self.backbone == TESTBED][name]
-
-    @property
-    def length(self) -> int:
-        """Return the prompt length."""
-        return self.prompt_length or int(self.preset("prompt_length"))
+        """Return a setting, or its default for the backbone."""
+        value = getattr(self, name, None)
+        return PRESETS[name][self.backbone != TESTBED or bool(self.data)] if value is None else value
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -1494,16 +2168,16 @@ class Experiment:
     @cached_property
     def places(self) -> dict[str, str]:
         """Return the split's tasks and where in it they are: seen or unseen."""
-        return split_tasks(self.tasks, self.split or str(self.preset("split")))
+        return split_tasks(self.tasks, self.preset("split"), read_tasks_file(self.tasks_file).get("subsets", {}))
 
     def named(self, *places: str) -> list[str]:
-        """Return the split's tasks in these places."""
-        return [task for task, place in self.places.items() if place.split("-")[0] in places]
+        """Return the split's tasks in these places, but for those whose rows could not be had."""
+        return [task for task, place in self.places.items() if place.split("-")[0] in places and task not in self.failures]
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
         if name not in self.tasks:
-            raise IptError(f"there is no task {name!r}{nearest(name, self.tasks)}; 'ipt tasks' lists all {len(self.tasks)}")
+            raise IptError(f"there is no task {name!r}{nearest(name, self.tasks)}; 'ipt tasks' lists them")
         return self.tasks[name]
 
     @cached_property
@@ -1515,184 +2189,191 @@ class Experiment:
     def store(self) -> Cache:
         """Return the cache's part for this backbone."""
         name = re.sub(r"[^\w.-]+", "-", Path(self.backbone).name if Path(self.backbone).exists() else self.backbone)
-        fingerprint = self.model.fingerprint
-        return Cache((self.cache or user_cache()) / f"{name}-{fingerprint[:8]}", fingerprint)
+        return Cache((self.cache or user_cache()) / f"{name}-{self.model.fingerprint[:8]}", self.model.fingerprint)
 
     @cached_property
     def prompt_space(self) -> PromptSpace:
         """Return the space of whole soft prompts, around the initial prompt that all tasks share."""
-        return PromptSpace(self.model.initial_prompt(self.length, self.seed), self.model.embedding_rms)
+        return PromptSpace(self.model.initial_prompt(self.preset("prompt_length"), self.seed), self.model.embedding_rms)
 
     @cached_property
     def _samples(self) -> dict[tuple[str, int], FewShotSample]:
         return {}
 
+    @cached_property
+    def failures(self) -> dict[str, str]:
+        """Return task -> why its rows could not be had, of those asked for so far."""
+        return {}
+
     def sample(self, task: str, data_seed: int) -> FewShotSample:
         """Return a task's rows as text, drawn once."""
         if (task, data_seed) not in self._samples:
-            self._samples[task, data_seed] = self.task(task).source.sample(data_seed, shots=self.shots, test_rows=self.test_rows)
+            source = self.task(task).source
+            self._samples[task, data_seed] = source.sample(data_seed, shots=self.shots, test_rows=self.preset("test_rows"))
         return self._samples[task, data_seed]
 
-    def encoded(self, task: str, examples: Sequence[Example]) -> list[Encoded]:
+    def with_rows(self, tasks: Iterable[str], data_seed: int) -> list[str]:
+        """Return the tasks whose rows can be had; the others are told at once, and again at the end."""
+        good = []
+        for task in tasks:
+            try:
+                self.sample(task, data_seed)
+                good.append(task)
+            except IptError as error:
+                self.failures[task] = str(error)
+                say(f"left out: {error}")
+        return good
+
+    def data_digest(self, task: str, data_seed: int) -> str:
+        """Return a name for a task's few-shot rows."""
+        sample = self.sample(task, data_seed)
+        return digest({"rows": [rows_digest(sample.train), rows_digest(sample.validation)]})
+
+    def encoded(self, examples: Sequence[Example]) -> list[Encoded]:
         """Return rows of a task as tokens."""
-        return self.model.encode_examples(examples, prompt_length=self.length)
+        return self.model.encode_examples(examples, prompt_length=self.preset("prompt_length"))
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
-        shared = {"version": FILE_VERSION, "backbone": self.model.fingerprint, "prompt_length": self.length, "seed": self.seed}
-        return shared | {"kind": kind, "max_length": self.model.max_length, "precision": str(self.model.model.dtype)[6:]} | more
+        precision = str(self.model.model.dtype).removeprefix("torch.")
+        shared = {"version": FILE_VERSION, "backbone": self.model.fingerprint, "precision": precision, "seed": self.seed}
+        return shared | {"kind": kind, "prompt_length": self.preset("prompt_length"), "max_length": self.model.max_length} | more
 
-    def job_header(
-        self, kind: str, task: str, data_seed: int, config: TuneConfig, learning_rate: float, **more: Any
-    ) -> dict[str, Any]:
-        """Return the header of what a job makes."""
-        sample = self.sample(task, data_seed)
-        data = digest_examples([*sample.train, *sample.validation])
-        return self.header(
-            kind, task=task, data_seed=data_seed, data=data, metric=self.task(task).metric, decoding=self.decoding,
-            tuning=asdict(config), learning_rate=learning_rate, **more,
-        )  # fmt: skip
-
-    def prompts(self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> dict[str, Artifact]:
+    def prompts(self, tasks: Iterable[str]) -> dict[str, Artifact]:
         """Return the best soft prompt of each task that has one in the cache."""
-        shared = self.header("soft-prompt", data_seed=data_seed, decoding=self.decoding)
-        wanted = set(tasks)
-        found = [a for a in self.store.find(**shared) if a.header["task"] in wanted]
-        current = [a for a in found if a.header["data"] == self.job_data(a.header["task"], data_seed)]
-        return {a.header["task"]: a for a in best_of_grid(current, ["task"])}
-
-    def job_data(self, task: str, data_seed: int) -> str:
-        """Return the digest of a task's few-shot rows."""
-        sample = self.sample(task, data_seed)
-        return digest_examples([*sample.train, *sample.validation])
+        wanted = self.header("soft-prompt", data_seed=COLLECTION_SEED, decoding=self.decoding)
+        found = self.store.find(wanted, set(tasks) - self.failures.keys())
+        found = [a for a in found if a.header["data"] == self.data_digest(a.header["task"], COLLECTION_SEED)]
+        best = {a.header["task"]: a for a in best_of_grid(found, ["task"])}
+        return {task: best[task] for task in tasks if task in best}
 
     def read_prompts(self, artifacts: Iterable[Artifact]) -> Tensor:
         """Return soft prompts (tasks, prompt_length, hidden)."""
-        shape = {"soft_prompt": (self.length, self.model.hidden)}
+        shape = {"soft_prompt": tuple(self.prompt_space.initial_prompt.shape)}
         return torch.stack([read_tensors(a.path, shape, self.model.device)["soft_prompt"] for a in artifacts])
+
+    def collected(self) -> list[Artifact]:
+        """Return the soft prompts of the seen tasks.
+
+        Raises:
+            IptError: one is missing; nothing is ever put in its place.
+        """
+        found = self.prompts(self.named("seen"))
+        missing = [task for task in self.named("seen") if task not in found]
+        if not found or (missing and not self.skip_missing):
+            raise IptError(
+                f"{len(missing)} seen tasks of the split {self.preset('split')} have no soft prompt in {self.store.folder} "
+                f"({', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}): run 'ipt collect' with the same options first"
+                + (", or leave them out with --skip-missing" if found else "")
+            )
+        return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How jobs are tuned: options of collect, tune and run."""
 
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates of a job.  [default: 150; 1000]")] = None
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a job in one update.  [default: 8]")] = None
+    steps: Annotated[int | None, preset_help("steps", "Updates of a job.")] = None
+    batch_size: Annotated[int | None, preset_help("batch_size", "Rows of a job in one update.")] = None
     learning_rate: Annotated[
-        list[float] | None,
-        typer.Option(help="Relative to the embeddings; repeat it for a grid: validation chooses.  [default: 0.3; 0.1]"),
+        list[float] | None, preset_help("learning_rate", "In units of the embeddings; repeat it: validation chooses.")
     ] = None
     evaluations: Annotated[int, typer.Option(min=1, help="Validations in a run.")] = TuneConfig.evaluations
-    patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job; 0: never.")] = (
-        TuneConfig.patience
-    )
+    patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
     slots: Annotated[int, typer.Option(min=1, help="Jobs tuned at once.")] = 16
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")] = False
 
     def config(self, experiment: Experiment) -> TuneConfig:
         """Return the engine's configuration."""
         return TuneConfig(
-            steps=self.steps or experiment.preset("steps"),
-            batch_size=self.batch_size or experiment.preset("batch_size"),
-            evaluations=self.evaluations,
-            patience=self.patience,
-        )
-
-    def learning_rates(self, experiment: Experiment) -> list[float]:
-        """Return the grid."""
-        return self.learning_rate or [experiment.preset("learning_rate")]
+            steps=self.steps or experiment.preset("steps"), batch_size=self.batch_size or experiment.preset("batch_size"),
+            evaluations=self.evaluations, patience=self.patience,
+        )  # fmt: skip
 
 
 def make_jobs(
-    experiment: Experiment,
-    kind: str,
-    tasks: Iterable[str],
-    data_seed: int,
-    tuning: Tuning,
-    draw: Callable[[str], Tensor],
-    **more: Any,
-) -> list[Job]:
-    """Return a job per task and learning rate."""
+    experiment: Experiment, kind: str, tasks: Iterable[str], *, data_seed: int, tuning: Tuning,
+    draw: Callable[[str], Tensor], **more: Any,
+) -> list[Job]:  # fmt: skip
+    """Return a job per task and learning rate; `draw` gives a task's start, `more` goes into the headers."""
 
     def rows(task: str) -> tuple[list[Encoded], list[Encoded]]:
         sample = experiment.sample(task, data_seed)
-        return experiment.encoded(task, sample.train), experiment.encoded(task, sample.validation)
+        return experiment.encoded(sample.train), experiment.encoded(sample.validation)
 
-    config = tuning.config(experiment)
-    return [
-        Job(
-            experiment.job_header(kind, task, data_seed, config, rate, **more),
-            draw(task), rate, experiment.task(task).metric, partial(rows, task),
-        )
-        for task in tasks for rate in tuning.learning_rates(experiment)
-    ]  # fmt: skip
+    def job(task: str, rate: float) -> Job:
+        header = experiment.header(
+            kind, task=task, metric=experiment.task(task).metric, data_seed=data_seed,
+            data=experiment.data_digest(task, data_seed), decoding=experiment.decoding,
+            tuning=asdict(tuning.config(experiment)), learning_rate=rate, **more,
+        )  # fmt: skip
+        return Job(header, draw(task), partial(rows, task))
+
+    rates = tuning.learning_rate or [experiment.preset("learning_rate")]
+    return [job(task, rate) for task in experiment.with_rows(tasks, data_seed) for rate in rates]
 
 
 def collect_jobs(experiment: Experiment, tuning: Tuning, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> list[Job]:
     """Return the jobs of prompt tuning: theta is zero, at the initial prompt."""
     zero = torch.zeros(experiment.prompt_space.size)
-    return make_jobs(experiment, "soft-prompt", tasks, data_seed, tuning, lambda task: zero)
+    return make_jobs(experiment, "soft-prompt", tasks, data_seed=data_seed, tuning=tuning, draw=lambda task: zero)
 
 
 def tune_jobs(
-    experiment: Experiment, tuning: Tuning, tasks: Iterable[str], data_seed: int, found: FoundSpace, start: str
+    experiment: Experiment, tuning: Tuning, tasks: Iterable[str], *, data_seed: int, subspace: Subspace, start: str
 ) -> list[Job]:
-    """Return the jobs of intrinsic tuning, each from its own random intrinsic vector."""
-    seen = found.subspace.project(experiment.read_prompts(found.collection))
+    """Return the jobs of intrinsic tuning, each from its own intrinsic vector."""
+    seen = subspace.project(experiment.read_prompts(experiment.collected()))
     center = seen.mean(0)
 
     def draw(task: str) -> Tensor:
-        seed = int(digest({"task": task, "data_seed": data_seed, "seed": experiment.seed}), 16) % 2**63
-        generator = torch.Generator().manual_seed(seed)
+        seed = digest({"task": task, "data_seed": data_seed, "seed": experiment.seed})
+        generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
         if start == "random":  # the paper's rule: N(0, 0.02)
-            return 0.02 * torch.randn(found.subspace.size, generator=generator)
+            return 0.02 * torch.randn(subspace.size, generator=generator)
         mix = torch.randn(len(seen), generator=generator).to(seen) / math.sqrt(len(seen))
-        return center + mix @ (seen - center)  # a draw from the normal distribution with the seen vectors' mean and covariance
+        return center + mix @ (seen - center)  # normal, with the seen vectors' mean and covariance
 
-    more = {"space": found.space, "dim": found.subspace.size, "start": start, "subspace": found.digest}
-    return make_jobs(experiment, "intrinsic-vector", tasks, data_seed, tuning, draw, **more)
+    more = {"space": subspace.space, "dim": subspace.size, "start": start, "subspace": subspace.digest}
+    return make_jobs(experiment, "intrinsic-vector", tasks, data_seed=data_seed, tuning=tuning, draw=draw, **more)
 
 
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
-    """Tune the jobs whose files are not there yet, writing each file as its job finishes and a checkpoint now and then."""
-    waiting = [job for job in jobs if not experiment.store.has(job.header)]
-    config, store = tuning.config(experiment), experiment.store
-    checkpoint, saved = store.folder / "unfinished.safetensors", time.monotonic()
+    """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
+    store, config = experiment.store, tuning.config(experiment)
+    waiting = [job for job in jobs if not store.has(job.header)]
+    checkpoint, saved, done = store.folder / "unfinished.safetensors", time.monotonic(), 0
+    latest: JobTable | None = None
+    name = "soft_prompt" if isinstance(space, PromptSpace) else "intrinsic_vector"
 
     def save_unfinished(table: JobTable) -> None:
-        tensors = {
-            f"{digest(job.header)}.{name}": values[i] for i, job in enumerate(table.jobs) for name, values in table.state.items()
-        }
-        write_file(checkpoint, experiment.header("checkpoint"), {}, tensors)
+        write_file(checkpoint, experiment.header("checkpoint"), {}, {
+            f"{digest(job.header)}.{name}": rows[i] for i, job in enumerate(table.jobs) for name, rows in table.state.items()
+        })  # fmt: skip
+
+    def on_step(table: JobTable) -> None:
+        nonlocal saved, latest
+        latest = table
+        advance(int(table.state["step"].sum()) + done * config.steps)
+        if time.monotonic() - saved > 30:
+            save_unfinished(table)
+            saved = time.monotonic()
 
     with progress(label, len(waiting) * config.steps) as advance:
-        table: JobTable | None = None
-
-        def on_step(now: JobTable) -> None:
-            nonlocal table, saved
-            table = now
-            advance(int(now.state["step"].sum()) + done * config.steps, now)
-            if time.monotonic() - saved > 30:
-                save_unfinished(now)
-                saved = time.monotonic()
-
-        done = 0
         try:
-            results = tune(
+            for result in tune(
                 experiment.model, space, waiting, config, slots=tuning.slots, decoding=experiment.decoding,
                 resume=read_unfinished(checkpoint), on_step=on_step,
-            )  # fmt: skip
-            for result in results:
-                tensors = (
-                    {"soft_prompt": result.soft_prompt} if isinstance(space, PromptSpace) else {"intrinsic_vector": result.theta}
-                )
-                store.save(result.job.header, result.record, tensors)
+            ):  # fmt: skip
+                tensor = result.soft_prompt if name == "soft_prompt" else result.theta
+                store.save(result.job.header, result.record, {name: tensor})
                 done += 1
         except KeyboardInterrupt:
-            if table is not None and table.jobs:
-                save_unfinished(table)
+            if latest is not None and latest.jobs:
+                save_unfinished(latest)
             raise
-    checkpoint.unlink(missing_ok=True)
+    if waiting:
+        checkpoint.unlink(missing_ok=True)
 
 
 def read_unfinished(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
@@ -1708,80 +2389,38 @@ def read_unfinished(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     return states
 
 
-@dataclass(frozen=True)
-class FoundSpace:
-    """A subspace, what it is called, and the collected prompts that it belongs to."""
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How a subspace is found: options of fit-subspace and run."""
 
-    space: str
-    subspace: Subspace
-    digest: str
-    collection: list[Artifact]
+    subspace_steps: Annotated[int | None, preset_help("subspace_steps", "Updates of the subspace on both losses.")] = None
+    alpha: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction error.")] = SubspaceConfig.alpha
+    lm_loss: Annotated[bool, typer.Option(help="Learn from the tasks' loss.")] = True
+    reconstruction_loss: Annotated[bool, typer.Option(help="Learn to reconstruct the prompts.")] = True
 
-
-def find_space(experiment: Experiment, space: str, dim: int) -> FoundSpace:
-    """Return a subspace of the cache, or make one that needs no learning (linear, random).
-
-    Raises:
-        IptError: there is no such subspace, or no soft prompt of a seen task, in the cache.
-    """
-    collection = collected(experiment)
-    if space == "subspace":
-        shared = experiment.header("subspace", dim=dim, prompts=[digest(a.header) for a in collection])
-        found = experiment.store.find(**shared)
-        if len(found) != 1:
-            raise IptError(
-                f"the cache holds {len(found)} subspaces of dim {dim} for these {len(collection)} prompts, expected one: "
-                + (
-                    f"remove all but one of {', '.join(str(a.path) for a in found)}"
-                    if found
-                    else f"run 'ipt fit-subspace --dim {dim}'"
-                )
-            )
-        return FoundSpace(space, read_subspace(experiment, found[0]), digest(found[0].header), collection)
-    name = digest({"space": space, "dim": dim, "prompts": [digest(a.header) for a in collection]})
-    prompts, initial = experiment.read_prompts(collection), experiment.prompt_space.initial_prompt
-    if space == "linear":
-        return FoundSpace(space, linear_subspace(prompts, initial, dim=dim), name, collection)
-    unit = float((prompts - initial).pow(2).mean().sqrt())
-    return FoundSpace(space, random_subspace(initial, unit=unit, dim=dim, inner=SubspaceConfig.inner, seed=0), name, collection)
-
-
-def collected(experiment: Experiment) -> list[Artifact]:
-    """Return the soft prompts of the seen tasks.
-
-    Raises:
-        IptError: one is missing; nothing is ever put in its place.
-    """
-    seen = experiment.named("seen")
-    found = experiment.prompts(seen)
-    missing = [task for task in seen if task not in found]
-    if missing or not seen:
-        raise IptError(
-            f"{len(missing)} of {len(seen)} seen tasks have no soft prompt in {experiment.store.folder} ({', '.join(missing[:5])} ...): "
-            "run 'ipt collect' with the same options first"
-        )
-    return [found[task] for task in seen]
+    def config(self, experiment: Experiment, dim: int) -> SubspaceConfig:
+        """Return the configuration for one dimension."""
+        options = {name: value for name, value in asdict(self).items() if name != "subspace_steps"}
+        return SubspaceConfig(dim=dim, steps=self.subspace_steps or experiment.preset("subspace_steps"), **options)
 
 
 def fit(experiment: Experiment, config: SubspaceConfig) -> Path:
     """Find a subspace of the seen tasks' prompts, unless the cache holds it; return its file."""
-    collection = collected(experiment)
-    header = experiment.header("subspace", dim=config.dim, prompts=[digest(a.header) for a in collection], config=asdict(config))
+    collection = experiment.collected()
+    header = experiment.header("subspace", dim=config.dim, prompts=[a.digest for a in collection], config=asdict(config))
     path = experiment.store.path(header)
     if not path.exists():
-        initial = experiment.prompt_space.initial_prompt
-        rows = [
-            experiment.encoded(a.header["task"], experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection
-        ]
+        rows = [experiment.encoded(experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection]
         last: dict[str, float] = {}
         with progress(f"subspace, dim {config.dim}", config.warmup_steps + config.steps) as advance:
 
             def on_step(step: int, lm_loss: float, unexplained: float) -> None:
                 last.update(lm_loss=lm_loss, unexplained=unexplained)
-                advance(step + 1, None)
+                advance(step + 1)
 
+            initial = experiment.prompt_space.initial_prompt
             subspace = fit_subspace(experiment.model, experiment.read_prompts(collection), initial, rows, config, on_step=on_step)
-        record = {"unit": subspace.unit, **{k: v for k, v in last.items() if math.isfinite(v)}}
+        record = {"unit": subspace.unit} | {name: value for name, value in last.items() if math.isfinite(value)}
         experiment.store.save(header, record, subspace.weights)
     return path
 
@@ -1791,7 +2430,39 @@ def read_subspace(experiment: Experiment, artifact: Artifact) -> Subspace:
     n, dim, inner = experiment.prompt_space.size, artifact.header["dim"], artifact.header["config"]["inner"]
     shapes = {"in.weight": (dim, n), "in.bias": (dim,), "hidden.weight": (inner, dim), "hidden.bias": (inner,)}
     weights = read_tensors(artifact.path, shapes | {"out.weight": (n, inner), "out.bias": (n,)}, experiment.model.device)
-    return Subspace(experiment.prompt_space.initial_prompt, artifact.record["unit"], weights)
+    return Subspace(experiment.prompt_space.initial_prompt, artifact.record["unit"], weights, digest=artifact.digest)
+
+
+def find_space(experiment: Experiment, space: str, dim: int) -> Subspace:
+    """Return a subspace of the cache, or make one that needs no learning (linear, random).
+
+    Raises:
+        IptError: the cache holds no such subspace, or several.
+    """
+    collection = experiment.collected()
+    prompts = [a.digest for a in collection]
+    if space == "subspace":
+        found = experiment.store.find(experiment.header("subspace", dim=dim, prompts=prompts))
+        if len(found) != 1:
+            raise IptError(
+                f"the cache holds {len(found)} subspaces of dim {dim} for these {len(collection)} prompts, expected one: "
+                + (
+                    f"remove all but one of {', '.join(str(a.path) for a in found)}"
+                    if found
+                    else f"run 'ipt fit-subspace --dim {dim}'"
+                )
+            )
+        return read_subspace(experiment, found[0])
+    soft_prompts, initial = experiment.read_prompts(collection), experiment.prompt_space.initial_prompt
+    name = digest({"space": space, "dim": dim, "prompts": prompts})
+    if space == "linear":
+        return replace(linear_subspace(soft_prompts, initial, dim=dim), space=space, digest=name)
+    unit = float((soft_prompts - initial).pow(2).mean().sqrt())
+    return replace(random_subspace(initial, unit=unit, dim=dim, inner=SubspaceConfig.inner, seed=0), space=space, digest=name)
+
+
+# --- Scores --------------------------------------------------------------------------------------
+# Everything in the cache behind the test rows. A score is computed once; its file is named by what it is a score of.
 
 
 @dataclass(frozen=True)
@@ -1799,104 +2470,91 @@ class Candidate:
     """A soft prompt whose test score is wanted."""
 
     score: Score
-    """With nan for a score."""
-    source: str
-    """Digest of what the prompt is made of."""
+    """With nan for the value."""
+    digest: str
+    """Of what the prompt is made of."""
     soft_prompt: Callable[[], Tensor]
 
 
 def candidates(experiment: Experiment) -> list[Candidate]:
     """Return every soft prompt, reconstruction and intrinsic vector of the split's tasks that the cache holds."""
-    found = experiment.prompts(experiment.places)
-    out = [
-        Candidate(
-            Score("prompt tuning", task, math.nan, "prompt"),
-            digest(a.header),
-            partial(lambda a: experiment.read_prompts([a])[0], a),
-        )
+    found, store = experiment.prompts(experiment.named("seen", "unseen")), experiment.store
+    wanted = [
+        Candidate(Score("prompt tuning", task, "prompt"), a.digest, partial(lambda a: experiment.read_prompts([a])[0], a))
         for task, a in found.items()
     ]
-    spaces: dict[str, FoundSpace] = {}
-    if all(task in found for task in experiment.named("seen")):
-        prompts = [digest(a.header) for a in collected(experiment)]
-        for artifact in experiment.store.find(**experiment.header("subspace", prompts=prompts)):
-            space = FoundSpace("subspace", read_subspace(experiment, artifact), digest(artifact.header), [])
-            spaces[space.digest] = space
-            out += [_reconstruction(experiment, space, task, a) for task, a in found.items()]
-    shared = experiment.header("intrinsic-vector", decoding=experiment.decoding)
-    vectors = [a for a in experiment.store.find(**shared) if a.header["task"] in experiment.places]
-    vectors = [a for a in vectors if a.header["data"] == experiment.job_data(a.header["task"], a.header["data_seed"])]
+    if not any(experiment.places[task] == "seen" for task in found):
+        return wanted
+    prompts = [a.digest for a in experiment.collected()]
+    fitted = [read_subspace(experiment, a) for a in store.find(experiment.header("subspace", prompts=prompts))]
+    subspaces = {subspace.digest: subspace for subspace in fitted}
+    wanted += [_reconstruction(experiment, subspace, task, a) for subspace in fitted for task, a in found.items()]
+    vectors = store.find(experiment.header("intrinsic-vector", decoding=experiment.decoding), experiment.named("seen", "unseen"))
+    vectors = [a for a in vectors if a.header["data"] == experiment.data_digest(a.header["task"], a.header["data_seed"])]
     for artifact in best_of_grid(vectors, ["task", "data_seed", "space", "start", "dim", "subspace"]):
-        header = artifact.header
-        if header["space"] != "subspace" and header["subspace"] not in spaces:
-            space = find_space(experiment, header["space"], header["dim"])
-            spaces[space.digest] = space
-        if header["subspace"] in spaces:  # else it belongs to another collection of prompts
-            out.append(_tuned(experiment, spaces[header["subspace"]], artifact))
-    return out
+        space, dim, name = (artifact.header[field] for field in ("space", "dim", "subspace"))
+        if space != "subspace" and name not in subspaces:
+            made = find_space(experiment, space, dim)
+            subspaces[made.digest] = made
+        if name in subspaces:  # else it belongs to another collection of prompts
+            wanted.append(_tuned(experiment, subspaces[name], artifact))
+    return wanted
 
 
-def _reconstruction(experiment: Experiment, space: FoundSpace, task: str, artifact: Artifact) -> Candidate:
+def _reconstruction(experiment: Experiment, subspace: Subspace, task: str, artifact: Artifact) -> Candidate:
     def soft_prompt() -> Tensor:
-        return space.subspace.back_project(space.subspace.project(experiment.read_prompts([artifact])))[0]
+        return subspace.back_project(subspace.project(experiment.read_prompts([artifact])))[0]
 
     name = quantity("MSF", experiment.places[task], same_data=True)
-    score = Score(name, task, math.nan, dim=space.subspace.size, data_seed=artifact.header["data_seed"], subspace=space.digest)
-    return Candidate(score, digest({"prompt": digest(artifact.header), "subspace": space.digest}), soft_prompt)
+    score = Score(name, task, dim=subspace.size, data_seed=COLLECTION_SEED, subspace=subspace.digest)
+    return Candidate(score, digest({"prompt": artifact.digest, "subspace": subspace.digest}), soft_prompt)
 
 
-def _tuned(experiment: Experiment, space: FoundSpace, artifact: Artifact) -> Candidate:
+def _tuned(experiment: Experiment, subspace: Subspace, artifact: Artifact) -> Candidate:
     def soft_prompt() -> Tensor:
-        vector = read_tensors(artifact.path, {"intrinsic_vector": (space.subspace.size,)}, experiment.model.device)
-        return space.subspace.back_project(vector["intrinsic_vector"][None])[0]
+        vector = read_tensors(artifact.path, {"intrinsic_vector": (subspace.size,)}, experiment.model.device)
+        return subspace.back_project(vector["intrinsic_vector"][None])[0]
 
     h = artifact.header
     name = quantity("IST", experiment.places[h["task"]], same_data=h["data_seed"] == COLLECTION_SEED)
-    score = Score(name, h["task"], math.nan, h["space"], h["start"], h["dim"], h["data_seed"], space.digest)
-    return Candidate(score, digest(h), soft_prompt)
+    return Candidate(
+        Score(name, h["task"], h["space"], h["start"], h["dim"], h["data_seed"], subspace.digest), artifact.digest, soft_prompt
+    )
 
 
 def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Score]:
-    """Return test scores, each computed once and kept in the cache."""
+    """Return test scores; those that are not in the cache are computed, many prompts at a time."""
     tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
-    rows = {task: digest_examples(test) for task, test in tests.items()}
-    files = [
-        experiment.store.folder
-        / "scores"
-        / f"{digest({'of': c.source, 'rows': rows[c.score.task], 'decoding': experiment.decoding})}.json"
-        for c in wanted
-    ]
+    rows = {task: rows_digest(test) for task, test in tests.items()}
+    names = [digest({"of": c.digest, "rows": rows[c.score.task], "decoding": experiment.decoding}) for c in wanted]
+    files = [experiment.store.folder / "scores" / f"{name}.json" for name in names]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     with progress("test scores", len(missing)) as advance:
         for start in range(0, len(missing), 32):
             some = missing[start : start + 32]
-            encoded = [experiment.encoded(wanted[i].score.task, tests[wanted[i].score.task]) for i in some]
+            encoded = [experiment.encoded(tests[wanted[i].score.task]) for i in some]
             prompts = torch.stack([wanted[i].soft_prompt() for i in some])
             pairs = [(at, example) for at, examples in enumerate(encoded) for example in examples]
             answers = iter(experiment.model.answer(prompts, pairs, decoding=experiment.decoding))
             for i, examples in zip(some, encoded, strict=True):
                 texts = [answer.text for answer in itertools.islice(answers, len(examples))]
-                score = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
-                write_bytes(files[i], json.dumps({"score": score, "n": len(examples), "task": wanted[i].score.task}).encode())
-            advance(start + len(some), None)
-    return [replace(c.score, score=json.loads(file.read_bytes())["score"]) for c, file in zip(wanted, files, strict=True)]
+                value = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
+                write_bytes(files[i], json.dumps({"score": value, "n": len(examples), "task": wanted[i].score.task}).encode())
+            advance(start + len(some))
+    return [replace(c.score, value=json.loads(file.read_bytes())["score"]) for c, file in zip(wanted, files, strict=True)]
 
 
 def floor_scores(experiment: Experiment, tasks: Iterable[str]) -> list[Score]:
     """Return what costs nothing: the backbone without any prompt, and the commonest training answer to every test row."""
     empty = torch.zeros(0, experiment.model.hidden, device=experiment.model.device)
-    scores, without = [], []
+    without = [Candidate(Score("no prompt", task, "prompt"), digest({"prompt": None}), lambda: empty) for task in tasks]
+    majority = []
     for task in tasks:
         sample = experiment.sample(task, COLLECTION_SEED)
-        without.append(
-            Candidate(
-                Score("no prompt", task, math.nan, "prompt"), digest({"prompt": experiment.model.fingerprint}), lambda: empty
-            )
-        )
         commonest = Counter(e.answers[0] for e in sample.train).most_common(1)[0][0]
-        score = METRICS[experiment.task(task).metric]([commonest] * len(sample.test), [e.answers for e in sample.test])
-        scores.append(Score("majority answer", task, score, "prompt"))
-    return scores + test_scores(experiment, without)
+        value = METRICS[experiment.task(task).metric]([commonest] * len(sample.test), [e.answers for e in sample.test])
+        majority.append(Score("majority answer", task, "prompt", value=value))
+    return test_scores(experiment, without) + majority
 
 
 def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
@@ -1905,99 +2563,66 @@ def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
     Raises:
         IptError: there is no soft prompt to compare with.
     """
+    experiment.with_rows(experiment.places, COLLECTION_SEED)
     wanted = candidates(experiment)
     if not wanted:
         raise IptError(
-            f"{experiment.store.folder} holds no soft prompt of the split {experiment.split or experiment.preset('split')!r}: run 'ipt collect' first"
+            f"{experiment.store.folder} holds no soft prompt of the split {experiment.preset('split')}: run 'ipt collect' first"
         )
     scores = test_scores(experiment, wanted)
-    tuned = {s.task: s.score for s in scores if s.quantity == "prompt tuning"}
-    floors = floor_scores(experiment, tuned)
-    report: dict[str, Any] = {
-        "backbone": experiment.backbone,
-        "split": experiment.split or experiment.preset("split"),
-        "prompt_tuning": {},
-    }
+    tuned = {s.task: s.value for s in scores if s.quantity == "prompt tuning"}
+    scores += floor_scores(experiment, list(tuned))
+    report: dict[str, Any] = {"backbone": experiment.backbone, "split": experiment.preset("split"), "prompt_tuning": {}}
     for place in dict.fromkeys(experiment.places[task] for task in tuned):
-        own = [task for task in tuned if experiment.places[task] == place]
-        named = {"mean_score": tuned} | {
-            name.replace(" ", "_"): {s.task: s.score for s in floors if s.quantity == name}
-            for name in ("no prompt", "majority answer")
-        }
-        report["prompt_tuning"][place] = {"n_tasks": len(own)} | {
-            name: _mean(values[t] for t in own) for name, values in named.items()
-        }
-    report["rows"] = result_rows([s for s in scores if s.quantity != "prompt tuning"], tuned)
+        own = {task for task in tuned if experiment.places[task] == place}
+        columns = (("mean_score", "prompt tuning"), ("no_prompt", "no prompt"), ("majority_answer", "majority answer"))
+        means = {name: _mean(s.value for s in scores if s.quantity == label and s.task in own) for name, label in columns}
+        report["prompt_tuning"][place] = {"n_tasks": len(own)} | means
+    report["rows"] = result_rows([s for s in scores if s.subspace], tuned)
     return report, scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitting:
-    """How a subspace is found: options of fit-subspace and run."""
-
-    subspace_steps: Annotated[int | None, typer.Option(min=1, help="Updates on both losses.  [default: 300; 2000]")] = None
-    alpha: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction error.")] = SubspaceConfig.alpha
-    lm_loss: Annotated[bool, typer.Option("--lm-loss/--no-lm-loss", help="Learn from the tasks' loss.")] = True
-    reconstruction_loss: Annotated[
-        bool, typer.Option("--reconstruction-loss/--no-reconstruction-loss", help="Learn to reconstruct the prompts.")
-    ] = True
-
-    def config(self, experiment: Experiment, dim: int) -> SubspaceConfig:
-        """Return the configuration for one dimension."""
-        steps = self.subspace_steps or experiment.preset("subspace_steps")
-        return SubspaceConfig(
-            dim=dim, steps=steps, alpha=self.alpha, lm_loss=self.lm_loss, reconstruction_loss=self.reconstruction_loss
-        )
-
-
-def split_tasks(tasks, name):
-    return {t.name: t.splits[name] for t in tasks.values() if name in t.splits}
 
 
 # --- Command line --------------------------------------------------------------------------------
 # Results on stdout, progress and messages on stderr. A command is a signature, a line of help and a call of a stage.
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by 250 numbers.",
-)
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
+)  # fmt: skip
 stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for every field of its dataclass parameters."""
-    parameters: list[inspect.Parameter] = []
+    hints, parameters = get_type_hints(command, include_extras=True), []
     groups: dict[str, tuple[Any, list[str]]] = {}
-    hints = get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
         if is_dataclass(hints[name]):
-            types, members = get_type_hints(hints[name], include_extras=True), fields(hints[name])
-            groups[name] = hints[name], [f.name for f in members]
-            parameters += [
-                inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
-                for f in members
-            ]
+            types, own = get_type_hints(hints[name], include_extras=True), fields(hints[name])
+            groups[name] = hints[name], [f.name for f in own]
+            parameters += [parameter.replace(name=f.name, default=f.default, annotation=types[f.name]) for f in own]
         else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(annotation=hints[name]))
 
     @wraps(command)
     def expanded(**values: Any) -> None:
-        for name, (kind, members) in groups.items():
-            values[name] = kind(**{member: values.pop(member) for member in members})
+        for name, (kind, own) in groups.items():
+            values[name] = kind(**{field: values.pop(field) for field in own})
         command(**values)
 
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    expanded.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded
 
 
-TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.")]
+TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.  [default: all of the split]")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
 DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.  [default: 250]")]
+DataSeedOption = Annotated[int, typer.Option(help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
+SpaceOption = Annotated[str, typer.Option(help="Where to tune: prompt, subspace, linear or random.")]
+StartOption = Annotated[str, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -2011,19 +2636,15 @@ def chosen(experiment: Experiment, task: list[str] | None, seen: bool, unseen: b
 @app.command()
 @options
 def collect(
-    experiment: Experiment,
-    tuning: Tuning,
-    task: TaskOption = None,
-    seen: SeenOption = False,
-    unseen: UnseenOption = False,
-    data_seed: Annotated[int, typer.Option(help="Of the few-shot rows.")] = COLLECTION_SEED,
-) -> None:
+    experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
+    data_seed: DataSeedOption = COLLECTION_SEED,
+) -> None:  # fmt: skip
     """Tune a soft prompt for each task.
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
     jobs = collect_jobs(experiment, tuning, chosen(experiment, task, seen, unseen), data_seed)
-    do_jobs(experiment, tuning, [(f"collect {len(jobs)}", experiment.prompt_space, jobs)])
+    do_jobs(experiment, tuning, [("collect", experiment.prompt_space, jobs)])
 
 
 @app.command("fit-subspace")
@@ -2033,39 +2654,31 @@ def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = Non
 
     Example: ipt fit-subspace --dim 250 --dim 10
     """
+    experiment.with_rows(experiment.places, COLLECTION_SEED)
     for size in dim or [250]:
-        say(f"{fit(experiment, fitting.config(experiment, size))}")
+        say(f"subspace: {fit(experiment, fitting.config(experiment, size))}")
 
 
 @app.command("tune")
 @options
 def tune_(
     experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
-    dim: DimOption = None, data_seed: Annotated[int, typer.Option(help="Of the few-shot rows; another than 100 on seen tasks is the unseen-data challenge.")] = COLLECTION_SEED,
-    space: Annotated[str, typer.Option(help="prompt, subspace, linear or random.")] = "subspace",
-    start: Annotated[str, typer.Option(help="Intrinsic vectors start at random, or from the distribution of the seen tasks' (seen).")] = "random",
+    dim: DimOption = None, data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace",
+    start: StartOption = "random",
 ) -> None:  # fmt: skip
     """Tune an intrinsic vector for each task.
 
     Example: ipt tune --task day-next --dim 250 --data-seed 21
     """
-    for name, value, known in (
-        ("space", space, ("prompt", "subspace", "linear", "random")),
-        ("start", start, ("random", "seen")),
-    ):
-        if value not in known:
-            raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
+    check_choice("space", space, "prompt", "subspace", "linear", "random")
+    check_choice("start", start, "random", "seen")
     tasks = chosen(experiment, task, seen, unseen)
     if space == "prompt":
-        batches = [("tune prompts", experiment.prompt_space, collect_jobs(experiment, tuning, tasks, data_seed))]
-    else:
-        batches = []
-        for size in dim or [250]:
-            found = find_space(experiment, space, size)
-            batches.append(
-                (f"tune {space} {size}", found.subspace, tune_jobs(experiment, tuning, tasks, data_seed, found, start))
-            )
-    do_jobs(experiment, tuning, batches)
+        do_jobs(experiment, tuning, [("collect", experiment.prompt_space, collect_jobs(experiment, tuning, tasks, data_seed))])
+        return
+    spaces = [find_space(experiment, space, size) for size in dim or [250]]
+    jobs = [tune_jobs(experiment, tuning, tasks, data_seed=data_seed, subspace=found, start=start) for found in spaces]
+    do_jobs(experiment, tuning, [(f"tune {space} {found.size}", found, own) for found, own in zip(spaces, jobs, strict=True)])
 
 
 @app.command("eval")
@@ -2081,73 +2694,99 @@ def eval_(
     """
     report, scores = evaluate(experiment)
     print_report(report, scores if per_task else [], as_json)
+    refuse_failures(experiment)
 
 
 @app.command()
 @options
 def run(
-    experiment: Experiment,
-    tuning: Tuning,
-    fitting: Fitting,
-    dim: DimOption = None,
+    experiment: Experiment, tuning: Tuning, fitting: Fitting, dim: DimOption = None, as_json: JsonOption = False,
     data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Do the whole experiment: collect, fit-subspace, tune, eval. What is done already is not done again.
+) -> None:  # fmt: skip
+    """Do all of it: collect, fit-subspace, tune, eval. What has been done is not done again.
 
     Example: ipt run --quick
     """
     if quick:
-        tuning, fitting = replace(tuning, steps=tuning.steps or 60), replace(fitting, subspace_steps=fitting.subspace_steps or 60)
-        some = experiment.named("seen")[::5] + experiment.named("unseen")[::4]
+        tuning, fitting = replace(tuning, steps=tuning.steps or 40), replace(fitting, subspace_steps=fitting.subspace_steps or 50)
+        some = experiment.named("seen")[::8] + experiment.named("unseen")[::5]
         experiment.__dict__["places"] = {task: experiment.places[task] for task in some}
-    dims = dim or ([50, 10] if quick else [250, 10])
+    dims = dim or [250, 10]
+    prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
     seen, unseen = experiment.named("seen"), experiment.named("unseen")
-    prompts = collect_jobs(experiment, tuning, seen + unseen)
-    plan(experiment, tuning, prompts, n_vectors=(len(seen) + len(unseen)) * (2 * len(dims) + 1), dims=dims)
+    plan(experiment, tuning, prompts, dims=dims, starts=[2] * len(dims) + [1])
     if tuning.dry_run:
         return
     run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
     for size in dims:
         fit(experiment, fitting.config(experiment, size))
-    for space, size, start in [("subspace", size, start) for size in dims for start in ("random", "seen")] + [
-        ("random", dims[0], "random")
-    ]:
-        found = find_space(experiment, space, size)
-        jobs = tune_jobs(experiment, tuning, seen, data_seed, found, start) + tune_jobs(
-            experiment, tuning, unseen, COLLECTION_SEED, found, start
-        )
-        run_jobs(experiment, found.subspace, jobs, tuning, f"tune {space} {size} from {start}")
-    report, _ = evaluate(experiment)
-    print_report(report, [], as_json)
+    variants = [("subspace", size, start) for size in dims for start in ("random", "seen")]
+    for space, size, start in [*variants, ("random", dims[0], "random")]:
+        subspace = find_space(experiment, space, size)
+        jobs = [
+            job for tasks, rows in ((seen, data_seed), (unseen, COLLECTION_SEED))
+            for job in tune_jobs(experiment, tuning, tasks, data_seed=rows, subspace=subspace, start=start)
+        ]  # fmt: skip
+        run_jobs(experiment, subspace, jobs, tuning, f"tune {space} {size}, {start} start")
+    print_report(evaluate(experiment)[0], [], as_json)
+    refuse_failures(experiment)
 
 
 @app.command("tasks")
 @options
 def tasks_(
     experiment: Experiment,
-    task: Annotated[str | None, typer.Argument(help="One task to look at.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the task's few-shot sample as the backbone gets it.")] = False,
+    task: Annotated[list[str] | None, typer.Argument(help="Tasks.  [default: all of the split]")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the few-shot sample as the backbone gets it.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the samples with CrossFit's published MD5s.")] = False,
+    data_seed: DataSeedOption = COLLECTION_SEED,
 ) -> None:
-    """List the tasks: kind, metric, place in the split, source.
+    """List tasks with kind, metric, place in the split and source; look at one; verify them.
 
     Example: ipt tasks day-next --show
     """
-    if task and show:
-        sample = experiment.sample(experiment.task(task).name, COLLECTION_SEED)
-        for part in ("train", "validation", "test"):
-            for example in getattr(sample, part)[:32]:
-                tokens = len(experiment.model.tokenizer(example.input).input_ids)
-                stdout.print(
-                    f"{part} ({tokens} tokens): {example.input} -> {' / '.join(example.answers)}", markup=False, soft_wrap=True
-                )
-        return
-    table = Table("task", "kind", "metric", "place", "source", box=None, pad_edge=False)
-    for name in [experiment.task(task).name] if task else list(experiment.places):
-        row = experiment.task(name)
-        table.add_row(name, row.kind, row.metric, experiment.places.get(name, "-"), f"{row.source}")
-    stdout.print(table)
+    names = [experiment.task(name).name for name in task or experiment.places]
+    if verify:
+        verify_tasks(experiment, names)
+    elif show:
+        for name in names:
+            show_task(experiment, name, data_seed)
+    else:
+        row = "{:<52} {:<16} {:<20} {:<10} {}"
+        echo(row.format("task", "kind", "metric", "place", "source"))
+        for name in names:
+            it = experiment.task(name)
+            echo(row.format(name, it.kind, it.metric, experiment.places.get(name, "-"), it.source).rstrip())
+
+
+def show_task(experiment: Experiment, name: str, data_seed: int) -> None:
+    """Print a task's rows as the backbone gets them, with their lengths in tokens."""
+    sample = experiment.sample(name, data_seed)
+    for part in ("train", "validation", "test"):
+        rows = experiment.encoded(getattr(sample, part))
+        echo(f"{name}, {part}: {len(rows)} rows, {sum(e.truncated for e in rows)} truncated")
+        for e in rows[:8]:
+            options = f"   options: {' | '.join(e.example.options)}" if e.example.options else ""
+            kept = experiment.model.tokenizer.decode(e.input_ids)
+            echo(f"  {len(e.input_ids)} tokens: {kept} -> {len(e.target_ids)} tokens: {' / '.join(e.example.answers)}{options}")
+
+
+def verify_tasks(experiment: Experiment, names: Iterable[str]) -> None:
+    """Rebuild samples, compare them with CrossFit's MD5s, a line each, and count."""
+    counts = Counter[str]()
+    for name in names:
+        try:
+            verdicts = verify_task(experiment.task(name))
+        except IptError as error:
+            verdicts = []
+            echo(f"{name}: could not be loaded: {error}")
+            counts["could not be loaded"] += 1
+        if verdicts:
+            different = [f"{part} {seed}" for part, seed, verdict in verdicts if verdict != "equal"]
+            echo(f"{name}: {'different: ' + ', '.join(different) if different else 'equal'}")
+            counts["different" if different else "equal"] += 1
+    echo(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("equal", "different", "could not be loaded")))
 
 
 def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str, Space, list[Job]]]) -> None:
@@ -2157,28 +2796,41 @@ def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str,
         if not tuning.dry_run:
             run_jobs(experiment, space, jobs, tuning, label)
     say(f"results: {experiment.store.folder}")
+    refuse_failures(experiment)
 
 
-def plan(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, n_vectors: int = 0, dims: Sequence[int] = ()) -> None:
-    """Say what will be done, and how long it will take by a few measured steps."""
-    waiting = [job for job in jobs if not experiment.store.has(job.header)]
-    config = tuning.config(experiment)
-    n_jobs = len(waiting) + n_vectors
-    text = f"plan: {len(waiting)} soft prompts to tune ({len(jobs) - len(waiting)} are there)"
-    if dims:
-        text += f", subspaces of dim {' and '.join(map(str, dims))}, {n_vectors} intrinsic vectors (those that are not there)"
-    text += f"; up to {n_jobs * config.steps:,} steps of {config.batch_size} rows"
+def refuse_failures(experiment: Experiment) -> None:
+    """End with an error that lists the tasks that were left out, if there are any."""
+    if experiment.failures:
+        raise IptError(f"{len(experiment.failures)} tasks were left out: " + "; ".join(experiment.failures.values()))
+
+
+def plan(
+    experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, dims: Sequence[int] = (), starts: Sequence[int] = ()
+) -> None:
+    """Say what will be done, and how long it will take by a few measured steps.
+
+    `dims` and `starts` (vectors per task, one number for every later batch) tell of stages that depend on this one.
+    """
+    waiting, config = [job for job in jobs if not experiment.store.has(job.header)], tuning.config(experiment)
+    n_vectors = sum(starts) * len({job.header["task"] for job in jobs})
+    truncated = [e.truncated for job in waiting for part in job.rows() for e in part]
+    text = f"plan: {len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
+    text += f", {sum(truncated)} of {len(truncated)} rows truncated" if any(truncated) else ""
+    text += f"; then subspaces of dim {' and '.join(map(str, dims))} and {n_vectors} intrinsic vectors" if dims else ""
+    steps = (len(waiting) + n_vectors) * config.steps
     if waiting:
         seconds = seconds_per_step(experiment, waiting[: tuning.slots], config)
-        text += f", {seconds * n_jobs * config.steps / 60:.1f} minutes at the {1000 * seconds:.1f} ms a step just measured"
+        text += f"; at most {steps:,} steps of {config.batch_size} rows"
+        text += f", {seconds * steps / 60:.1f} minutes at the {1000 * seconds:.1f} ms per step just measured"
     say(text)
 
 
 def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneConfig) -> float:
-    """Measure one job's share of a step: the fastest of three, after one to warm up."""
+    """Measure one job's share of a step of prompt tuning: the fastest of three, after one to warm up."""
     table = JobTable(experiment.prompt_space.size, experiment.model.device)
     for job in jobs:
-        table.add(job)
+        table.add(replace(job, start=torch.zeros(experiment.prompt_space.size)))
     seconds = []
     for _ in range(4):
         begin = time.perf_counter()
@@ -2187,19 +2839,29 @@ def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneCo
     return min(seconds[1:]) / len(jobs)
 
 
+def check_choice(name: str, value: str, *known: str) -> None:
+    """Refuse an option's value that is not one of those known."""
+    if value not in known:
+        raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
+
+
 def say(text: str) -> None:
     """Print a message on stderr."""
     stderr.print(text, markup=False, soft_wrap=True)
 
 
+def echo(text: str = "") -> None:
+    """Print a line of results on stdout."""
+    sys.stdout.write(f"{text}\n")
+
+
 @contextlib.contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int, JobTable | None], None]]:
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with what is left, or plain lines when stderr is no terminal; nothing when there is nothing to do."""
     if not total:
-        yield lambda done, table: None
+        yield lambda done: None
         return
-    begin, told = time.monotonic(), 0.0
-    with contextlib.ExitStack() as stack:
+    if stderr.is_terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -2207,73 +2869,54 @@ def progress(label: str, total: int) -> Iterator[Callable[[int, JobTable | None]
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        bar = stack.enter_context(Progress(*columns, console=stderr)) if stderr.is_terminal else None
-        line = bar.add_task(label, total=total) if bar else None
-
-        def advance(done: int, table: JobTable | None) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if bar and line is not None:
-                bar.update(line, completed=done)
-            elif now - told > 15 and now - begin > 15:
-                told = now
-                say(f"{label}: {100 * done / total:.0f} %, {(now - begin) * (total - done) / max(1, done) / 60:.1f} minutes left")
-
-        yield advance
-        if bar and line is not None:
+        with Progress(*columns, console=stderr) as bar:
+            line = bar.add_task(label, total=total)
+            yield lambda done: bar.update(line, completed=done)
             bar.update(line, completed=total)
-    if not stderr.is_terminal:
-        say(f"{label}: done in {time.monotonic() - begin:.0f} s")
+        return
+    begin = told = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > 20:
+            told = now
+            say(f"{label}: {100 * done / total:.0f} %, {(now - begin) * (total - done) / max(1, done) / 60:.1f} minutes left")
+
+    yield advance
+    say(f"{label}: done in {time.monotonic() - begin:.0f} s")
 
 
 def print_report(report: dict[str, Any], scores: Sequence[Score], as_json: bool) -> None:
     """Print the paper's table for people, or all of it as one JSON object."""
     if as_json:
-        per_task = {"scores": [asdict(score) for score in scores]} if scores else {}
-        sys.stdout.write(json.dumps(report | per_task) + "\n")
+        echo(json.dumps(report | ({"scores": [asdict(score) for score in scores]} if scores else {})))
         return
-    stdout.print(f"backbone {report['backbone']}, split {report['split']}", markup=False)
-    floors = Table("prompt tuning", "n", "mean score", "no prompt", "majority answer", box=None, pad_edge=False)
-    for place, row in report["prompt_tuning"].items():
-        floors.add_row(
-            f"{place} tasks", str(row["n_tasks"]), *(_number_text(row[k]) for k in ("mean_score", "no_prompt", "majority_answer"))
-        )
-    stdout.print(floors)
-    stdout.print()
-    table = Table(
-        "quantity",
-        "dim",
-        "space",
-        "start",
-        "data seed",
-        "n",
-        "excluded",
-        "E_rel",
-        "95 %",
-        "mean score",
-        "prompt tuning",
-        "ratio",
-        box=None,
-        pad_edge=False,
-    )
-    for row in report["rows"]:
-        table.add_row(
-            row["quantity"], str(row["dim"]), row["space"], row["start"] or "-", str(row["data_seed"]), str(row["n_tasks"]), str(row["n_excluded"]),
-            _number_text(row["e_rel"]), f"{_number_text(row['e_rel_low'])}-{_number_text(row['e_rel_high'])}",
-            *(_number_text(row[k]) for k in ("mean_score", "mean_prompt_tuning", "ratio_of_means")),
-        )  # fmt: skip
-    stdout.print(table)
+    echo(f"backbone {report['backbone']}, split {report['split']}, test scores; baselines with data seed {COLLECTION_SEED}\n")
+    print_table("prompt tuning|n|mean score|no prompt|majority answer", [
+        [f"{place} tasks", row["n_tasks"], row["mean_score"], row["no_prompt"], row["majority_answer"]]
+        for place, row in report["prompt_tuning"].items()
+    ])  # fmt: skip
+    columns = ("quantity", "dim", "space", "start", "data_seed", "n_tasks", "n_excluded", "e_rel", "e_rel_low", "e_rel_high",
+               "mean_score", "mean_prompt_tuning", "ratio_of_means")  # fmt: skip
+    heads = "quantity|dim|space|start|data seed|n|excluded|E_rel|95 % low|high|mean score|prompt tuning|ratio of means"
+    if report["rows"]:
+        print_table(heads, [[row[column] for column in columns] for row in report["rows"]])
     if scores:
-        each = Table("task", "quantity", "dim", "space", "start", "data seed", "score", box=None, pad_edge=False)
-        for s in sorted(scores, key=lambda s: (s.task, s.quantity)):
-            each.add_row(
-                s.task, s.quantity, str(s.dim or "-"), s.space, s.start or "-", str(s.data_seed or "-"), f"{s.score:.3f}"
-            )
-        stdout.print("", each)
+        ordered = sorted(scores, key=lambda s: (s.task, s.quantity, s.space, s.dim or 0, s.start or ""))
+        rows = [[s.task, s.quantity, s.dim, s.space, s.start, s.data_seed, s.value] for s in ordered]
+        print_table("task|quantity|dim|space|start|data seed|score", rows)
 
 
-def _number_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def print_table(heads: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under heads, columns as wide as they need to be, whatever the terminal."""
+    shown = [heads.split("|")] + [
+        ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    echo()
 
 
 def main() -> None:
@@ -2281,7 +2924,7 @@ def main() -> None:
     try:
         app()
     except IptError as error:
-        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+        say(f"error: {error}")
         raise SystemExit(1) from error
 
 
