@@ -369,6 +369,11 @@ def read_tasks_file(file: Path) -> dict[str, Any]:
     return content
 
 
+def subsets(file: Path) -> dict[str, list[str]]:
+    """Return the splits of a tasks file that are lists of seen tasks."""
+    return dict(read_tasks_file(file).get("subsets", {}))
+
+
 def load_worlds(file: Path) -> dict[str, World]:
     """Return the worlds of a tasks file."""
     worlds = {}
@@ -444,6 +449,10 @@ class WorldRows:
     world: World
     question: str
     kind: str
+
+    def __str__(self) -> str:
+        """Return what the question is."""
+        return f"{self.world.name}: {self.question}"
 
     def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
         """Draw rows, as many of every label for classification."""
@@ -612,6 +621,10 @@ class HubDataset:
     clean_answers: str = ""
     unavailable: str = ""
     """Why the dataset cannot be had any more."""
+
+    def __str__(self) -> str:
+        """Return where the rows come from."""
+        return " ".join(filter(None, [self.dataset, self.config, self.revision, self.unavailable and "unavailable"]))
 
     def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
         """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total; the test rows are the same for all seeds."""
@@ -1069,6 +1082,12 @@ class GymFolder:
     options: tuple[str, ...] = ()
     """Options of every row, for TSV files, which name none."""
 
+    def __str__(self) -> str:
+        """Return what the folder holds."""
+        test = "" if self.has_test else ", no test rows"
+        sizes = "/".join(map(str, sorted({k for k, _, part in self.files if part == "train"})))
+        return f"gym folder, K {sizes}, data seeds {' '.join(map(str, self.seeds))}{test}"
+
     @property
     def seeds(self) -> tuple[int, ...]:
         """The data seeds with both train and dev rows."""
@@ -1236,8 +1255,8 @@ class Backbone:
             embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
         return embeddings
 
-    def encode_example(self, example: Example, *, prompt_length: int, answer_limit: int = 0) -> Encoded:
-        """Tokenise, cutting the input so that prompt, input and end-of-sequence fit.
+    def encode(self, examples: Sequence[Example], *, prompt_length: int) -> list[Encoded]:
+        """Tokenise the rows of one task, cutting inputs so that prompt, input and end-of-sequence fit.
 
         Raises:
             IptError: the prompt leaves no room for any input.
@@ -1248,19 +1267,23 @@ class Backbone:
                 f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {self.max_length} tokens in "
                 "all; use a smaller --prompt-length"
             )
-        ids = self.tokenizer(example.input).input_ids
-        if truncated := len(ids) > room:
-            tail = example.input[len(example.input) - example.tail :]
-            spared = 1 + len(self.tokenizer(tail, add_special_tokens=False).input_ids)  # the end of the sequence too
-            head = max(1, room - spared)
-            ids = ids[:head] + ids[len(ids) - (room - head) :]
-        target, *options = (self.tokenizer(text_target=text).input_ids for text in (example.answers[0], *example.options))
-        return Encoded(ids, target, options, example, max(answer_limit, len(target)), truncated)
+        texts = sorted({text for e in examples for text in (*e.answers, *e.options)})
+        ids = dict(zip(texts, self.tokenizer(text_target=texts).input_ids, strict=True)) if texts else {}
+        limit = max((len(ids[text]) for e in examples for text in e.answers), default=1)
+        inputs = self.tokenizer([e.input for e in examples]).input_ids if examples else []
+        return [
+            Encoded(self._cut(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
+            for own, e in zip(inputs, examples, strict=True)
+        ]
 
-    def encode_examples(self, examples: Sequence[Example], *, prompt_length: int) -> list[Encoded]:
-        """Tokenise the rows of one task."""
-        limit = max((len(self.tokenizer(text_target=text).input_ids) for e in examples for text in e.answers), default=1)
-        return [self.encode_example(e, prompt_length=prompt_length, answer_limit=limit) for e in examples]
+    def _cut(self, ids: list[int], example: Example, room: int) -> list[int]:
+        """Cut input ids to a length: the end of what stands before the example's tail, then the start of the tail."""
+        if len(ids) <= room:
+            return ids
+        tail = example.input[len(example.input) - example.tail :]
+        spared = 1 + len(self.tokenizer(tail, add_special_tokens=False).input_ids)  # the end of the sequence too
+        head = max(1, room - spared)
+        return ids[:head] + ids[len(ids) - (room - head) :]
 
     def encoder_states(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Run the encoder on `soft prompt + input`.
@@ -1333,13 +1356,14 @@ class Backbone:
     def _choose(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
         """Return the most likely option's text of some rows, the encoder's states being reused over the options."""
         pairs = [(i, option) for i in which for option in range(len(chunk[i].option_ids))]
-        losses: list[float] = []
-        for start in range(0, len(pairs), 1024):
-            piece = pairs[start : start + 1024]
+        losses: dict[int, list[float]] = defaultdict(list)
+        for start in range(0, len(pairs), 2048):
+            piece = pairs[start : start + 2048]
             at = torch.tensor([i for i, _ in piece], device=states.device)
-            losses += self.answer_losses(states[at], mask[at], [chunk[i].option_ids[o] for i, o in piece]).tolist()
-        best = {i: min((loss, option) for (row, option), loss in zip(pairs, losses, strict=True) if row == i)[1] for i in which}
-        return {i: chunk[i].example.options[option] for i, option in best.items()}
+            sums = self.answer_losses(states[at], mask[at], [chunk[i].option_ids[option] for i, option in piece])
+            for (i, _), loss in zip(piece, sums.tolist(), strict=True):
+                losses[i].append(loss)
+        return {i: chunk[i].example.options[own.index(min(own))] for i, own in losses.items()}
 
     def _generate(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
         """Return greedily generated text of some rows."""
@@ -1816,7 +1840,7 @@ def fit_subspace(
         initial_prompt: (prompt_length, hidden), the start that they share.
         rows: each task's training rows.
         config: the losses and the optimiser.
-        on_step: called with step, mean LM loss per target token (nan when off), unexplained variance.
+        on_step: called with step, mean LM loss per target token (0 where it is off), unexplained variance.
 
     Raises:
         IptError: the intrinsic dimension exceeds the prompt's, or a loss is not finite.
@@ -1832,28 +1856,25 @@ def fit_subspace(
     optimizer = torch.optim.AdamW(subspace.weights.values(), lr=config.learning_rate, weight_decay=0.01)
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     warmup = config.warmup_steps if config.reconstruction_loss else 0
-    total = warmup + config.steps
+    total, tasks = warmup + config.steps, range(len(soft_prompts))
     for step in range(total):
         optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (step + 1) / 50, 2 * (total - step) / total)
-        tasks = range(len(soft_prompts))
-        drawn = tasks if step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
-        prompts = soft_prompts[list(drawn)]
-        vectors = subspace.project(prompts)
+        drawn = list(tasks) if step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
+        vectors = subspace.project(soft_prompts[drawn])
         vectors = vectors + config.noise * torch.randn(vectors.shape, generator=generator).to(vectors)
-        unexplained, lm_loss = subspace.unexplained(prompts, vectors), torch.tensor(math.nan)
+        unexplained, lm_loss = subspace.unexplained(soft_prompts[drawn], vectors), torch.zeros(())
         loss = config.alpha * unexplained * config.reconstruction_loss
         if config.lm_loss and step >= warmup:
-            reconstructed = subspace.back_project(vectors)
             batch = [
                 (i, e) for i, task in enumerate(drawn) for e in rng.sample(rows[task], min(config.rows_per_task, len(rows[task])))
             ]
+            reconstructed = subspace.back_project(vectors)
             losses, gradient = prompt_losses(backbone, reconstructed.detach(), batch)
             lm_loss = losses.mean()
-            # Its value is of no use; its gradient is that of the mean LM loss.
-            loss = loss + (reconstructed * gradient).sum() / len(drawn)
-        if not (loss.isfinite() and (step < warmup or not config.lm_loss or lm_loss.isfinite())):
+            loss = loss + (reconstructed * gradient).sum() / len(drawn)  # only its gradient means anything: the mean loss's
+        if not (unexplained.isfinite() and lm_loss.isfinite()):
             raise IptError(
-                f"subspace finding, dim {config.dim}: the loss is not finite at step {step + 1}: use a smaller --learning-rate"
+                f"subspace of dim {config.dim}: the loss is not finite at step {step + 1}; try --alpha 0 or --no-lm-loss"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -2168,11 +2189,17 @@ class Experiment:
     @cached_property
     def places(self) -> dict[str, str]:
         """Return the split's tasks and where in it they are: seen or unseen."""
-        return split_tasks(self.tasks, self.preset("split"), read_tasks_file(self.tasks_file).get("subsets", {}))
+        return split_tasks(self.tasks, self.preset("split"), subsets(self.tasks_file))
 
     def named(self, *places: str) -> list[str]:
         """Return the split's tasks in these places, but for those whose rows could not be had."""
         return [task for task, place in self.places.items() if place.split("-")[0] in places and task not in self.failures]
+
+    def keep(self, tasks: Iterable[str]) -> None:
+        """Reduce the split to some of its tasks."""
+        kept = set(tasks)
+        for task in [task for task in self.places if task not in kept]:
+            del self.places[task]
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -2198,6 +2225,10 @@ class Experiment:
 
     @cached_property
     def _samples(self) -> dict[tuple[str, int], FewShotSample]:
+        return {}
+
+    @cached_property
+    def _encoded(self) -> dict[tuple[Example, ...], list[Encoded]]:
         return {}
 
     @cached_property
@@ -2229,9 +2260,11 @@ class Experiment:
         sample = self.sample(task, data_seed)
         return digest({"rows": [rows_digest(sample.train), rows_digest(sample.validation)]})
 
-    def encoded(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Return rows of a task as tokens."""
-        return self.model.encode_examples(examples, prompt_length=self.preset("prompt_length"))
+    def encoded(self, examples: tuple[Example, ...]) -> list[Encoded]:
+        """Return rows of a task as tokens, made once."""
+        if examples not in self._encoded:
+            self._encoded[examples] = self.model.encode(examples, prompt_length=self.preset("prompt_length"))
+        return self._encoded[examples]
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
@@ -2420,8 +2453,7 @@ def fit(experiment: Experiment, config: SubspaceConfig) -> Path:
 
             initial = experiment.prompt_space.initial_prompt
             subspace = fit_subspace(experiment.model, experiment.read_prompts(collection), initial, rows, config, on_step=on_step)
-        record = {"unit": subspace.unit} | {name: value for name, value in last.items() if math.isfinite(value)}
-        experiment.store.save(header, record, subspace.weights)
+        experiment.store.save(header, {"unit": subspace.unit} | last, subspace.weights)
     return path
 
 
@@ -2710,8 +2742,7 @@ def run(
     """
     if quick:
         tuning, fitting = replace(tuning, steps=tuning.steps or 40), replace(fitting, subspace_steps=fitting.subspace_steps or 50)
-        some = experiment.named("seen")[::8] + experiment.named("unseen")[::5]
-        experiment.__dict__["places"] = {task: experiment.places[task] for task in some}
+        experiment.keep(experiment.named("seen")[::8] + experiment.named("unseen")[::5])
     dims = dim or [250, 10]
     prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
     seen, unseen = experiment.named("seen"), experiment.named("unseen")
@@ -2757,7 +2788,11 @@ def tasks_(
         echo(row.format("task", "kind", "metric", "place", "source"))
         for name in names:
             it = experiment.task(name)
-            echo(row.format(name, it.kind, it.metric, experiment.places.get(name, "-"), it.source).rstrip())
+            echo(row.format(name, it.kind, it.metric, experiment.places.get(name, "-"), str(it.source)).rstrip())
+        if experiment.data and not task:
+            wanted = split_tasks(load_tasks(experiment.tasks_file), experiment.preset("split"), subsets(experiment.tasks_file))
+            for sentence in missing_from_gym(experiment.tasks, wanted, CROSSFIT_SEEDS):
+                say(sentence)
 
 
 def show_task(experiment: Experiment, name: str, data_seed: int) -> None:

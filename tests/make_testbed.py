@@ -1,11 +1,12 @@
-"""Make the testbed: draw its 120 tasks, and pre-train the backbone that ships with the package.
+"""Make the testbed: draw its tasks, pre-train the backbone that ships with the package, and ask it questions in words.
 
-    python tests/make_testbed.py tasks                                # prints the rows for tasks.yaml
-    python tests/make_testbed.py backbone --minutes 70 --out testbed  # a T5 of about a million parameters, and its tokenizer
+    python tests/make_testbed.py tasks                             # prints 120 rows such as those in tasks.yaml
+    python tests/make_testbed.py backbone --minutes 90 --out DIR   # a T5 of about a million parameters, and its tokenizer
+    python tests/make_testbed.py report --out tests/shipped/testbed
 
 The backbone learns to answer questions in words, such as `subject category then day next`, put in front of a sentence. What a
 task of tasks.yaml composes and is not marked `pretrained` is held out: no question of the same two parts, in any order, under
-any connective or negation, is ever trained.
+any connective or negation, is ever trained. The held-out rule of a question of three parts is that of all its pairs.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def draw_task_rows(world: ipt.World, seed: int = 0) -> Iterator[str]:
             composed.append(question)
         unseen = set(rng.sample(composed, round(len(composed) / 4)))
         for question in single + composed:
-            row = {"world": "testbed", "kind": kind, "question": question}
+            row = {"world": "testbed", "kind": "classification" if kind in ("yes-no", "labels") else kind, "question": question}
             row |= {"splits": {"testbed": "unseen" if question in unseen else "seen"}}
             row |= {"pretrained": True} if question in single else {}
             name = question.replace(" ", "-") + ("-choice" if kind == "multiple-choice" else "")
@@ -113,7 +114,11 @@ def draw_task_rows(world: ipt.World, seed: int = 0) -> Iterator[str]:
 
 def held_out_compositions(tasks: dict[str, ipt.Task]) -> set[frozenset[str]]:
     """Return what must never be trained: the compositions of the testbed's tasks that are not marked `pretrained`."""
-    return {composition(task.question) for task in tasks.values() if task.world and not task.pretrained}
+    return {
+        composition(task.source.question)
+        for task in tasks.values()
+        if isinstance(task.source, ipt.WorldRows) and not task.pretrained
+    }
 
 
 # --- Pre-training data ---------------------------------------------------------------------------
@@ -121,7 +126,18 @@ def held_out_compositions(tasks: dict[str, ipt.Task]) -> set[frozenset[str]]:
 
 def make_tokenizer(world: ipt.World) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of everything that a sentence, a question or an answer can contain."""
-    words = {"yes", "no", "then", "and", "or", "not", "same", ipt.OPTION_MARK, FILLER, *re.findall(r"\b\w+\b", re.sub(r"{.*?}", "", world.sentence))}
+    words = {
+        "yes",
+        "no",
+        "then",
+        "and",
+        "or",
+        "not",
+        "same",
+        ipt.OPTION_MARK,
+        FILLER,
+        *re.findall(r"\b\w+\b", re.sub(r"{.*?}", "", world.sentence)),
+    }
     for slot in world.slots:
         words |= {slot, *world.columns(slot), *(value for column in world.columns(slot) for value in world.values(slot, column))}
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(words)])}
@@ -137,8 +153,8 @@ class Batches:
     def __init__(self, world: ipt.World, tokenizer: PreTrainedTokenizerFast, held_out: set[frozenset[str]], seed: int) -> None:
         self.world, self.held_out, self.rng = world, held_out, random.Random(seed)
         self.values, self.tests = all_values(world), all_tests(world)
+        self.short_tests = [test for test in self.tests if not test.startswith("same ")]
         self.ids = tokenizer.get_vocab()
-        self.content = [self.ids[w] for table in world.lexicon.values() for entry in table for w in [entry.word]]
 
     def draw_question(self, kind: str) -> str:
         """Draw a question of a kind that is not held out."""
@@ -150,15 +166,20 @@ class Batches:
                     question = ("not " if self.rng.random() < 0.3 else "") + self.rng.choice(self.tests)
                 case "values":
                     question = draw_values(self.rng, self.values)
+                case "parts":
+                    question = " then ".join(self.rng.sample(self.values, 1) + self.rng.sample(self.short_tests, 2))
                 case _:
                     question = draw_tests(self.rng, self.tests)
-            if composition(question) not in self.held_out:
+            parts = composition(question)
+            if parts not in self.held_out and not any(
+                frozenset(pair) in self.held_out for pair in itertools.combinations(parts, 2)
+            ):
                 return question
 
     def draw_example(self, question: str) -> tuple[str, str]:
         """Draw a sentence and the answer to a question; yes and no are about equally frequent."""
         wanted = self.rng.choice(["yes", "no"])
-        for _ in range(4):
+        for _ in range(8):
             scene = self.world.draw(self.rng)
             answer = self.world.answer(question, scene)
             if answer not in ("yes", "no") or answer == wanted:
@@ -174,22 +195,28 @@ class Batches:
         return "".join(f" {ipt.OPTION_MARK} {option}" for option in shuffled)
 
     def instruction(self, question: str, length: int) -> list[int]:
-        """Return a question's words in order, strewn over `length` positions among fillers and words without meaning there."""
-        words = [self.ids[word] for word in question.split()]
-        places = sorted(self.rng.sample(range(length), len(words)))
-        noise = self.rng.random() < 0.5
-        ids = [self.rng.choice(self.content) if noise and self.rng.random() < 0.3 else self.ids[FILLER] for _ in range(length)]
-        for place, word in zip(places, words, strict=True):
-            ids[place] = word
+        """Return a question's words in order, strewn over `length` positions among fillers."""
+        ids = [self.ids[FILLER]] * length
+        words = question.split()
+        for place, word in zip(sorted(self.rng.sample(range(length), len(words))), words, strict=True):
+            ids[place] = self.ids[word]
         return ids
 
-    def draw(self, size: int) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Return input ids (size, length + sentence), the instruction's length, and labels (size, answer), -100 where padded."""
+    def draw(self, size: int, share: float) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Return input ids (size, length + sentence), the instruction's length, and labels (size, answer), -100 where padded.
+
+        While less than a third (`share`) of the time is over, no composed test comes: it needs single tests first.
+        """
         length = self.rng.choice([8, 8, 9, 10])
         choice = self.rng.choice([None] * 6 + ["value", "values"])
         rows, answers = [], []
         while len(rows) < size:
-            kind = choice or self.rng.choices(["value", "test", "values", "tests"], [12, 12, 34, 42])[0]
+            kind = (
+                choice
+                or self.rng.choices(
+                    ["value", "test", "values", "tests", "parts"], [8, 36, 16, 0, 40] if share < 1 / 3 else [5, 15, 22, 38, 20]
+                )[0]
+            )
             question = self.draw_question(kind)
             sentence, answer = self.draw_example(question)
             if choice:
@@ -239,7 +266,9 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def train(world: ipt.World, held_out: set[frozenset[str]], out: Path, *, minutes: float, seed: int, batch: int, lr: float, resume: bool) -> None:
+def train(
+    world: ipt.World, held_out: set[frozenset[str]], out: Path, *, minutes: float, seed: int, batch: int, lr: float, resume: bool
+) -> None:
     """Pre-train for a time, learning rate warmed up and then decayed linearly to zero; report and save every five minutes."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(world)
@@ -254,16 +283,18 @@ def train(world: ipt.World, held_out: set[frozenset[str]], out: Path, *, minutes
     rest = [p for p in model.parameters() if id(p) not in ids]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(held_out)} held-out compositions", flush=True)
     optimizers = [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
-    batches = Batches(world, tokenizer, held_out, seed)
+    batches, filler = Batches(world, tokenizer, held_out, seed), tokenizer.get_vocab()[FILLER]
     start, step, reported, running = time.time(), 0, time.time(), 0.0
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         for optimizer, base in zip(optimizers, (lr, lr), strict=True):
             optimizer.param_groups[0]["lr"] = base * min(1, (step + 1) / 200) * (1 - share)
-        ids, length, labels = batches.draw(batch)
+        ids, length, labels = batches.draw(batch, share)
         embeds = model.shared(ids)
-        noise = torch.zeros(batch, ids.shape[1], 1)
-        noise[:, :length] = 0.5 * torch.rand(batch, 1, 1) * embeds.detach().pow(2).mean().sqrt()
-        loss = model(inputs_embeds=embeds + noise * torch.randn_like(embeds), labels=labels).loss
+        # What a soft prompt will be: words that are not quite words, and between them vectors that mean nothing.
+        size = embeds.detach().pow(2).mean().sqrt()
+        scale = 0.3 * torch.rand(batch, length, 1) + (ids[:, :length, None] == filler) * torch.rand(batch, 1, 1)
+        noise = torch.nn.functional.pad(scale * size * torch.randn_like(embeds[:, :length]), (0, 0, 0, ids.shape[1] - length))
+        loss = model(inputs_embeds=embeds + noise, labels=labels).loss
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -282,7 +313,13 @@ def train(world: ipt.World, held_out: set[frozenset[str]], out: Path, *, minutes
     tokenizer.save_pretrained(out)
 
 
-def report(model: T5ForConditionalGeneration, world: ipt.World, tokenizer: PreTrainedTokenizerFast, held_out: set[frozenset[str]], n: int = 512) -> None:
+def report(
+    model: T5ForConditionalGeneration,
+    world: ipt.World,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: set[frozenset[str]],
+    n: int = 512,
+) -> None:
     """Print the share of exactly right answers to instructions in words, per kind of question, trained and held out."""
     batches = Batches(world, tokenizer, set(), seed=12345)
     scores: dict[str, list[bool]] = {}
@@ -311,7 +348,7 @@ def report(model: T5ForConditionalGeneration, world: ipt.World, tokenizer: PreTr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tasks", "backbone"])
+    parser.add_argument("what", choices=["tasks", "backbone", "report"])
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=256)
@@ -326,7 +363,19 @@ def main() -> None:
         sys.stdout.writelines(f"{row}\n" for row in draw_task_rows(world, arguments.seed))
         return
     held_out = held_out_compositions(ipt.load_tasks(ipt.TASKS_FILE))
-    train(world, held_out, arguments.out, minutes=arguments.minutes, seed=arguments.seed, batch=arguments.batch, lr=arguments.lr, resume=arguments.resume)
+    if arguments.what == "report":
+        report(T5ForConditionalGeneration.from_pretrained(arguments.out).eval(), world, make_tokenizer(world), held_out, n=1000)
+        return
+    train(
+        world,
+        held_out,
+        arguments.out,
+        minutes=arguments.minutes,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        lr=arguments.lr,
+        resume=arguments.resume,
+    )
 
 
 if __name__ == "__main__":

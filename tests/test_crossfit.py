@@ -312,7 +312,7 @@ def test_ratings_in_between_are_dropped() -> None:
 def test_math_options_are_cut_at_every_comma() -> None:
     record = {"Problem": "p ?", "options": "a ) 38 , b ) 27.5 , c ) x y , d ) 4 , e ) none", "correct": "c"}
     assert examples_of("math_qa", record) == [
-        ("p ? (A) 38 (B) 27.5 (C) x y (D) 4 (E) none", ("x y",), ("38", "27.5", "x y", "4", "none")),
+        ("p ? (A) 38 (B) 27.5 (C) x y (D) 4 (E) none", ("x y",), ("38", "27.5", "x y", "4", "none"))
     ]
 
 

@@ -1,0 +1,171 @@
+"""What holds for any input, with inputs found by hypothesis."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipt
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("ipt")
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+shapes = st.dictionaries(st.text("abc._", min_size=1, max_size=5), st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=3)
+
+
+@given(header=st.dictionaries(st.text(), json_values, max_size=4), record=st.dictionaries(st.text(), json_values), shapes=shapes)
+def test_a_file_comes_back_as_it_was_and_the_same_content_gives_the_same_bytes(header: Any, record: Any, shapes: Any) -> None:
+    header["version"] = ipt.FILE_VERSION
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = Path(folder) / "deep" / "one", Path(folder) / "two"
+        ipt.write_file(one, header, record, tensors)
+        ipt.write_file(two, dict(reversed(header.items())), record, dict(reversed(tensors.items())))
+        assert one.read_bytes() == two.read_bytes()
+        assert ipt.read_metadata(one) == (header, record)
+        back = ipt.read_tensors(one, {name: tuple(shape) for name, shape in shapes.items()}, torch.device("cpu"))
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+        assert sorted(path.name for path in Path(folder).rglob("*") if path.is_file()) == ["one", "two"]
+
+
+@given(content=st.binary(max_size=200))
+def test_no_foreign_bytes_are_ever_taken_for_a_file_or_end_in_another_error(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "file").write_bytes(content)
+        with pytest.raises(ipt.IptError):
+            ipt.read_metadata(Path(folder) / "file")
+
+
+@given(header=json_values.filter(lambda value: not isinstance(value, dict)))
+def test_a_header_that_is_no_mapping_is_refused(header: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ipt.write_file(Path(folder) / "file", header, {}, {"x": torch.zeros(2)})
+        with pytest.raises(ipt.IptError):
+            ipt.read_metadata(Path(folder) / "file")
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 17), seed=st.integers(0, 2**32), epochs=st.integers(1, 3))
+def test_minibatches_visit_every_row_once_per_epoch(rows: int, size: int, seed: int, epochs: int) -> None:
+    steps = -(-rows * epochs // size)
+    visited = [row for step in range(steps) for row in ipt.minibatch(rows, size, seed, step)]
+    for epoch in range(epochs):
+        assert sorted(visited[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    assert ipt.minibatch(rows, size, seed, steps) == ipt.minibatch(rows, size, seed, steps)
+
+
+@given(length=st.integers(1, 4), hidden=st.integers(1, 6), dim=st.integers(1, 9), inner=st.integers(1, 7), tasks=st.integers(1, 5))
+def test_projecting_and_back_keeps_the_shape(length: int, hidden: int, dim: int, inner: int, tasks: int) -> None:
+    space = ipt.random_subspace(torch.randn(length, hidden), unit=0.5, dim=dim, inner=inner, seed=0)
+    prompts = torch.randn(tasks, length, hidden)
+    vectors = space.project(prompts)
+    assert vectors.shape == (tasks, dim) == (tasks, space.size)
+    assert space.back_project(vectors).shape == prompts.shape
+    whole = ipt.PromptSpace(torch.randn(length, hidden), 0.5)
+    assert whole.back_project(torch.randn(tasks, whole.size)).shape == prompts.shape
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=60), tokens=st.integers(1, 300), most=st.integers(1, 9))
+def test_the_budget_does_every_row_once_however_often_memory_runs_out(lengths: list[int], tokens: int, most: int) -> None:
+    done: list[int] = []
+    tried: list[list[int]] = []
+
+    def work(numbers: list[int]) -> None:
+        tried.append(numbers)
+        if len(numbers) > most:
+            raise torch.OutOfMemoryError
+        done.extend(numbers)
+
+    budget = ipt.Budget(tokens)
+    budget.run(lengths, work)
+    assert sorted(done) == list(range(len(lengths)))
+    assert [lengths[row] for row in done] == sorted(lengths, reverse=True)
+    assert all(len(numbers) == 1 or len(numbers) * lengths[numbers[0]] <= tokens for numbers in tried)
+    assert budget.tokens <= tokens
+
+
+labels = st.sampled_from(["red", "green", "blue", "never right"])
+
+
+@given(pairs=st.lists(st.tuples(labels, labels), min_size=1, max_size=30), order=st.permutations(range(4)))
+def test_macro_f1_does_not_move_when_labels_are_renamed(pairs: list[tuple[str, str]], order: list[int]) -> None:
+    names = ["red", "green", "blue", "never right"]
+    renamed = {name: f"label {number}" for name, number in zip(names, order, strict=True)}
+    before = ipt.macro_f1([p for p, _ in pairs], [(t,) for _, t in pairs])
+    after = ipt.macro_f1([renamed[p] for p, _ in pairs], [(renamed[t],) for _, t in pairs])
+    assert after == pytest.approx(before)
+
+
+@pytest.mark.parametrize("metric", ipt.METRICS)
+@given(rows=st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_a_score_lies_in_its_range_and_being_right_is_the_best(metric: str, rows: list[tuple[str, list[str]]]) -> None:
+    references = [tuple(refs) for _, refs in rows]
+    score = ipt.METRICS[metric]([prediction for prediction, _ in rows], references)
+    right = ipt.METRICS[metric]([refs[0] for refs in references], references)
+    assert (-1 if "Correlation" in metric else 0) - 1e-9 <= score <= 1 + 1e-9
+    if metric in ("ACC", "Classification-F1", "EM", "QA-F1"):
+        assert right == pytest.approx(1)
+
+
+@given(ratios=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), max_size=20))
+def test_the_interval_holds_the_mean_and_every_task_is_counted(ratios: list[tuple[float, float]]) -> None:
+    ratios = [(score, base if abs(base) > 1e-3 else 0.0) for score, base in ratios]
+    scores, baseline = ({str(n): pair[side] for n, pair in enumerate(ratios)} for side in (0, 1))
+    result = ipt.relative_performance(scores, baseline)
+    assert result["n_tasks"] + result["n_excluded"] == len(ratios)
+    if result["n_tasks"]:
+        values = [score / base for score, base in ratios if base > 0]
+        assert min(values) - 1e-9 <= result["e_rel_low"] <= result["e_rel_high"] <= max(values) + 1e-9
+        assert result["e_rel"] == pytest.approx(sum(values) / len(values))
+    else:
+        assert result["e_rel"] is None
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), shots=st.integers(1, 8), name=st.sampled_from(["mood-good", "animal-class", "even-or-good"]))
+def test_a_few_shot_sample_is_balanced_disjoint_and_depends_on_its_seed_alone(
+    tasks: dict[str, ipt.Task], seed: int, shots: int, name: str
+) -> None:
+    sample, again = (tasks[name].source.sample(seed, shots=shots, test_rows=12) for _ in range(2))
+    assert sample == again
+    for part in (sample.train, sample.validation):
+        assert set(Counter(row.answers[0] for row in part).values()) == {shots}
+    inputs = [{row.input for row in part} for part in (sample.train, sample.validation, sample.test)]
+    assert len(set.union(*inputs)) == sum(map(len, inputs)) == 2 * shots * len(sample.train[0].options) + 12
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_row_s_loss_alone_equals_its_loss_in_a_padded_batch(request: pytest.FixtureRequest, name: str, seed: int) -> None:
+    backbone: ipt.Backbone = request.getfixturevalue(name)
+    rng = random.Random(seed)
+    words = [word for word in backbone.tokenizer.get_vocab() if not word.startswith("<")]
+    draw: Callable[[int], str] = lambda most: " ".join(rng.choices(words, k=rng.randint(1, most)))  # noqa: E731
+    examples = [ipt.Example(draw(15), (draw(6),)) for _ in range(5)]
+    rows = [(rng.randrange(3), row) for row in backbone.encode(examples, prompt_length=2)]
+    prompts = torch.randn(3, 2, backbone.hidden, generator=torch.Generator().manual_seed(seed)) * backbone.embedding_rms
+    together, alone = backbone.answer(prompts, rows), [backbone.answer(prompts, [row])[0] for row in rows]
+    assert [a.loss for a in together] == pytest.approx([a.loss for a in alone], rel=1e-5, abs=1e-5)
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_can_be_a_tasks_file_and_never_ends_in_another_error(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tasks.yaml"
+        file.write_text(text, encoding="utf-8", errors="replace")
+        with pytest.raises(ipt.IptError, match=r"tasks\.yaml"):
+            ipt.load_tasks(file)

@@ -1,0 +1,180 @@
+"""The testbed that ships: its tasks keep to the rules, and its backbone knows what it was taught."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ipt
+import pytest
+
+# One place for all that depends on the final weights.
+LEAST_BY_INSTRUCTION = {"value": 0.8, "test": 0.8, "values": 0.6, "tests": 0.6}
+"""Share of exactly right answers to trained questions in words, by kind of question."""
+MOST_BYTES = 8_000_000
+"""Of everything that ships beside the module."""
+
+ROOT = Path(ipt.__file__).resolve().parent
+WEIGHTS = ipt.shipped("testbed") / "model.safetensors"
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the backbone is not there: {WEIGHTS}")
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, ipt.Task]:
+    return {name: task for name, task in ipt.load_tasks(ipt.TASKS_FILE).items() if ipt.TESTBED in task.splits}
+
+
+@pytest.fixture(scope="module")
+def world() -> ipt.World:
+    return ipt.load_worlds(ipt.TASKS_FILE)[ipt.TESTBED]
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    """Return the script that made the testbed, as a module."""
+    spec = importlib.util.spec_from_file_location("make_testbed", ROOT / "tests" / "make_testbed.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def question(task: ipt.Task) -> str:
+    assert isinstance(task.source, ipt.WorldRows)
+    return task.source.question
+
+
+# --- Tasks ---------------------------------------------------------------------------------------
+
+
+def test_there_are_100_seen_and_20_unseen_tasks_with_questions_of_their_own(tasks: dict[str, ipt.Task]) -> None:
+    assert Counter(task.splits[ipt.TESTBED] for task in tasks.values()) == {"seen": 100, "unseen": 20}
+    assert len({(task.kind, question(task)) for task in tasks.values()}) == 120
+
+
+def test_all_kinds_occur_among_seen_and_unseen_tasks(tasks: dict[str, ipt.Task]) -> None:
+    for place in ("seen", "unseen"):
+        kinds = {task.kind for task in tasks.values() if task.splits[ipt.TESTBED] == place}
+        assert kinds == {"classification", "multiple-choice", "extraction", "transformation"}
+        labels = {len(task.source.world.labels(question(task))) for task in tasks.values()
+                  if task.splits[ipt.TESTBED] == place and task.kind == "classification"}  # fmt: skip
+        assert 2 in labels and max(labels) > 2, "yes/no and several labels"
+
+
+def test_no_unseen_and_at_most_half_of_the_seen_tasks_are_pretrained(tasks: dict[str, ipt.Task]) -> None:
+    pretrained = Counter(task.splits[ipt.TESTBED] for task in tasks.values() if task.pretrained)
+    assert pretrained["unseen"] == 0
+    assert 0 < pretrained["seen"] <= 50
+
+
+def test_every_task_has_rows_for_two_data_seeds_that_are_not_all_alike(tasks: dict[str, ipt.Task]) -> None:
+    for name, task in tasks.items():
+        samples = [task.source.sample(seed, shots=4, test_rows=30) for seed in (100, 21)]
+        assert len({row.answers for row in samples[0].test}) > 1, name
+        assert set(samples[0].train) != set(samples[1].train)
+        sentences = [{row.input for row in part} for s in samples for part in (s.train, s.validation)]
+        assert not any({row.input for row in samples[0].test} & part for part in sentences), name
+
+
+def test_the_rows_that_a_clone_draws_are_those_that_the_figures_were_made_with(tasks: dict[str, ipt.Task]) -> None:
+    """The draw uses no global state: neither the order of tasks nor another generator tells on it."""
+    names = list(tasks)[::17]
+    first = {name: tasks[name].source.sample(100, shots=4, test_rows=6) for name in names}
+    random.seed(123)
+    again = {name: tasks[name].source.sample(100, shots=4, test_rows=6) for name in reversed(names)}
+    assert first == again
+
+
+# --- What the backbone is trained on -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out(maker: ModuleType) -> Any:
+    return maker.held_out_compositions(ipt.load_tasks(ipt.TASKS_FILE))
+
+
+def test_what_is_held_out_are_the_compositions_of_all_tasks_that_are_not_pretrained(
+    maker: ModuleType, tasks: dict[str, ipt.Task], held_out: Any
+) -> None:
+    assert held_out == {maker.composition(question(task)) for task in tasks.values() if not task.pretrained}
+    assert all(maker.composition(question(task)) in held_out for task in tasks.values() if task.splits[ipt.TESTBED] == "unseen")
+
+
+def test_pre_training_never_draws_a_held_out_composition(
+    maker: ModuleType, world: ipt.World, tasks: dict[str, ipt.Task], held_out: Any
+) -> None:
+    batches = maker.Batches(world, maker.make_tokenizer(world), held_out, seed=5)
+    banned = [parts_of(question(task)) for task in tasks.values() if not task.pretrained]
+    drawn = {kind: {batches.draw_question(kind) for _ in range(4000)} for kind in LEAST_BY_INSTRUCTION}
+    for kind, questions in drawn.items():
+        for one in questions:
+            assert parts_of(one) not in banned, (kind, one)
+    assert sum(map(len, drawn.values())) > 1000  # breadth: else nothing banned might ever have come up
+
+
+def test_without_the_ban_held_out_compositions_would_be_drawn(maker: ModuleType, world: ipt.World, held_out: Any) -> None:
+    batches = maker.Batches(world, maker.make_tokenizer(world), set(), seed=5)
+    drawn = {maker.composition(batches.draw_question(kind)) for kind in LEAST_BY_INSTRUCTION for _ in range(4000)}
+    assert len(drawn & held_out) > len(held_out) / 4
+
+
+def parts_of(text: str) -> frozenset[str]:
+    """Return the single questions that a question is made of, read here by itself and not by the script under test."""
+    words = text.replace(" then ", "|").replace(" and ", "|").replace(" or ", "|").split("|")
+    bare = {word.removeprefix("not ") for word in words}
+    return frozenset(bare | ({"not"} if len(words) == 1 and text.startswith("not ") else set()))
+
+
+# --- The backbone --------------------------------------------------------------------------------
+
+
+@needs_weights
+def test_what_ships_is_a_few_megabytes_of_plain_files() -> None:
+    files = [path for path in WEIGHTS.parent.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in WEIGHTS.parent.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ipt.Backbone:
+    return ipt.load_backbone(ipt.TESTBED, device="cpu")
+
+
+@needs_weights
+def test_the_backbone_is_a_t5_of_about_a_million_parameters(backbone: ipt.Backbone) -> None:
+    assert backbone.model.config.model_type == "t5"
+    assert 5e5 < sum(weight.numel() for weight in backbone.model.parameters()) < 2e6
+
+
+@needs_weights
+def test_the_tokenizer_knows_every_word_of_the_world(backbone: ipt.Backbone, tasks: dict[str, ipt.Task]) -> None:
+    unknown = backbone.tokenizer.unk_token_id
+    for name, task in tasks.items():
+        sample = task.source.sample(100, shots=4, test_rows=20)
+        for row in [*sample.train, *sample.test]:
+            encoded = backbone.encode([row], prompt_length=8)[0]
+            assert unknown not in encoded.input_ids + encoded.target_ids, name
+            assert backbone.tokenizer.decode(encoded.target_ids, skip_special_tokens=True) == row.answers[0]
+        for word in question(task).split():
+            assert backbone.tokenizer.convert_tokens_to_ids(word) != unknown
+
+
+@needs_weights
+@pytest.mark.parametrize("kind", LEAST_BY_INSTRUCTION)
+def test_the_backbone_answers_trained_questions_in_words(
+    backbone: ipt.Backbone, maker: ModuleType, world: ipt.World, held_out: Any, kind: str
+) -> None:
+    batches, rows = maker.Batches(world, maker.make_tokenizer(world), held_out, seed=31), []
+    for _ in range(160):
+        words = batches.draw_question(kind)
+        sentence, answer = batches.draw_example(words)
+        instruction = " ".join((words.split() + [maker.FILLER] * 8)[:8])
+        rows.append((0, backbone.encode([ipt.Example(f"{instruction} {sentence}", (answer,))], prompt_length=0)[0]))
+    answers = backbone.answer(backbone.initial_prompt(0, seed=0)[None], rows, decoding="generate")
+    right = sum(a.text == row.example.answers[0] for a, (_, row) in zip(answers, rows, strict=True))
+    assert right / len(rows) >= LEAST_BY_INSTRUCTION[kind]
