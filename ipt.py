@@ -74,6 +74,8 @@ else:
 
     datasets, np, torch, transformers = map(_Lazy, ("datasets", "numpy", "torch", "transformers"))
 
+# Two threads that wait by spinning are many times slower than one where another process wants a core, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 TASKS_FILE = Path(__file__).with_name("tasks.yaml")
 TESTBED = "testbed"
 """The built-in world, the split of its tasks, and the folder of its backbone beside this file."""
@@ -281,9 +283,10 @@ def _mean(values: Iterable[float]) -> float:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 # --- Tasks ---------------------------------------------------------------------------------------
@@ -352,17 +355,20 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key, count in Counter(keys).items() if count > 1]
         if twice:
-            raise IptError(f"{self.name}: {twice[0]!r} stands twice{node.start_mark}: remove one of them")
+            raise IptError(
+                f"{self.name}: {twice[0]!r} stands twice in the mapping at line {node.start_mark.line + 1}: remove one"
+            )
         return super().construct_mapping(node, deep)
 
 
 def read_tasks_file(file: Path) -> dict[str, Any]:
     """Parse a tasks file into its top-level mappings `worlds` and `tasks`."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        with file.open(encoding="utf-8") as stream:
+            content = yaml.load(stream, Loader=_StrictLoader)
     except FileNotFoundError as error:
         raise IptError(f"there is no tasks file {file}: name another with --tasks-file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
         raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise IptError(f"{file}: expected a mapping with the key 'tasks', got {type(content).__name__}")
@@ -377,7 +383,10 @@ def subsets(file: Path) -> dict[str, list[str]]:
 def load_worlds(file: Path) -> dict[str, World]:
     """Return the worlds of a tasks file."""
     worlds = {}
-    for name, row in read_tasks_file(file).get("worlds", {}).items():
+    rows = read_tasks_file(file).get("worlds", {})
+    if not isinstance(rows, dict):
+        raise IptError(f"{file}: 'worlds' is {rows!r}, expected a mapping of a world's name to its rows")
+    for name, row in rows.items():
         try:
             lexicon = {
                 table: [SimpleNamespace(**dict(zip(columns["columns"], entry.split(), strict=True))) for entry in columns["rows"]]
@@ -394,6 +403,7 @@ def load_worlds(file: Path) -> dict[str, World]:
 
 
 WORLD_FIELDS = {"world", "kind", "question", "metric", "splits", "pretrained"}
+PLACES = ("seen", "unseen", "unseen-in", "unseen-out")
 WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
 
 
@@ -416,6 +426,11 @@ def parse_world_task(name: str, row: dict[str, Any], worlds: Mapping[str, World]
     metric = row.get("metric", WORLD_METRICS[row["kind"]])
     if metric not in METRICS:
         raise IptError(f"{where}: unknown metric {metric!r}{nearest(str(metric), METRICS)}; expected {', '.join(METRICS)}")
+    splits, pretrained = row.get("splits", {}), row.get("pretrained", False)
+    if not isinstance(splits, dict) or not all(place in PLACES for place in splits.values()):
+        raise IptError(f"{where}: splits is {splits!r}, expected a split's name: one of {', '.join(PLACES)}")
+    if not isinstance(pretrained, bool):
+        raise IptError(f"{where}: pretrained is {pretrained!r}, expected true or false")
     source = WorldRows(world, question, row["kind"])
     return Task(
         name=name,
@@ -947,7 +962,7 @@ CHOICES: dict[str, Collection[str]] = {
     "metric": METRICS,
     "pick": ("text", "label", "letter", "index", "number", "free"),
     "references": ("unique", "sorted"),
-    "splits": ("seen", "unseen", "unseen-in", "unseen-out"),
+    "splits": PLACES,
     "clean": CLEANERS,
     "clean_answers": CLEANERS,
 }
@@ -1250,7 +1265,7 @@ class Backbone:
         """Return embeddings of random words of the vocabulary, the start that all tasks share: (prompt_length, hidden)."""
         special = set(self.tokenizer.all_special_ids)
         words = [token for token in range(len(self.tokenizer)) if token not in special]
-        ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device)
+        ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device, dtype=torch.long)
         with torch.no_grad():
             embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
         return embeddings
@@ -1269,6 +1284,8 @@ class Backbone:
             )
         texts = sorted({text for e in examples for text in (*e.answers, *e.options)})
         ids = dict(zip(texts, self.tokenizer(text_target=texts).input_ids, strict=True)) if texts else {}
+        longest = getattr(self.model.config, "max_position_embeddings", None) or max(map(len, ids.values()), default=1)
+        ids = {text: own if len(own) <= longest else own[: longest - 1] + own[-1:] for text, own in ids.items()}
         limit = max((len(ids[text]) for e in examples for text in e.answers), default=1)
         inputs = self.tokenizer([e.input for e in examples]).input_ids if examples else []
         return [
@@ -1370,17 +1387,27 @@ class Backbone:
         if not which:
             return {}
         at = torch.tensor(which, device=states.device)
-        tokens = self.model.generate(
-            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states[at]),
-            attention_mask=mask[at],
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=max(chunk[i].answer_limit for i in which),
-                decoder_start_token_id=self.model.config.decoder_start_token_id,
-                eos_token_id=self.model.config.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            ),
-        )
-        return dict(zip(which, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True))
+        states, mask = states[at], mask[at]
+        stop, past = self.model.config.eos_token_id, None
+        tokens = torch.full((len(which), 1), self.model.config.decoder_start_token_id, device=states.device)
+        ended = torch.zeros(len(which), dtype=torch.bool, device=states.device)
+        # Not `generate`, which would follow whatever the backbone was saved with: beams, forced tokens, penalties.
+        for _ in range(max(chunk[i].answer_limit for i in which)):
+            out = self.model(
+                encoder_outputs=(states,),
+                attention_mask=mask,
+                decoder_input_ids=tokens[:, -1:],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past, following = out.past_key_values, out.logits[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, following.masked_fill(ended, self.tokenizer.pad_token_id)[:, None]], dim=1)
+            ended |= following == stop
+            if ended.all():
+                break
+        # A row's own limit holds, so that no answer depends on the rows beside it; the decoder's start comes first.
+        own = [row[: 1 + chunk[i].answer_limit] for i, row in zip(which, tokens.tolist(), strict=True)]
+        return dict(zip(which, self.tokenizer.batch_decode(own, skip_special_tokens=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -1403,19 +1430,31 @@ def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", m
     Raises:
         IptError: there is no such model, or it is not sequence to sequence.
     """
+    from safetensors import SafetensorError
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise IptError(
+            f"there is no device {device!r} here ({str(error).splitlines()[0]}): use --device auto, cpu or cuda"
+        ) from error
     half = precision == "bf16" or (precision == "auto" and place.type == "cuda" and torch.cuda.is_bf16_supported())
     path = str(shipped("testbed")) if name == TESTBED else name
     try:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
+        model, loading = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            path, dtype=torch.bfloat16 if half else torch.float32, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise IptError(
             f"cannot load the backbone {name!r} as a sequence-to-sequence model: {str(error).splitlines()[0]} "
             "Expected a Hub id (google/t5-base-lm-adapt) or a folder with config, safetensors and tokenizer"
         ) from error
+    if loading["missing_keys"]:
+        raise IptError(f"the backbone {name!r} lacks the tensors {', '.join(sorted(loading['missing_keys']))}: it is not whole")
     model = model.to(place).eval().requires_grad_(False)
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     budget = Budget(1 << 12 if place.type == "cpu" else 1 << 15)
@@ -1423,8 +1462,10 @@ def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", m
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Digest a backbone: its tensors' names and shapes, up to 4,096 evenly spaced values of each, and the vocabulary."""
-    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    """Digest a backbone: its settings, vocabulary, and up to 4,096 evenly spaced values of each tensor."""
+    about = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in about}
+    digest = hashlib.sha256(json.dumps([tokenizer.get_vocab(), config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.flatten()
         sampled = flat[:: max(1, len(flat) // 4096)].to("cpu", torch.bfloat16).view(torch.int16)
@@ -1539,7 +1580,10 @@ def linear_subspace(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int) -
     unit = float(differences.pow(2).mean().sqrt())
     mean = differences.mean(0) / unit
     _, s, v = torch.linalg.svd(differences / unit - mean, full_matrices=False)
-    scale = s[:dim, None].clamp_min(1e-6) / math.sqrt(len(soft_prompts))
+    rank = int((s > 1e-4 * s[0]).sum())
+    if dim > rank:
+        raise IptError(f"the {len(soft_prompts)} prompts span {rank} dimensions, not {dim}: use a smaller --dim")
+    scale = s[:dim, None] / math.sqrt(len(soft_prompts))
     inward = v[:dim] / scale
     weights = {"in.weight": inward, "in.bias": -inward @ mean, "out.weight": (v[:dim] * scale).T, "out.bias": mean}
     return Subspace(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()})
@@ -1774,11 +1818,18 @@ def _validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[i
     rows = [(at, example) for at, i in enumerate(due) for example in table.rows[i][1]]
     answers = iter(backbone.answer(prompts, rows, decoding=decoding))
     state = table.state
+    for name in ("best_theta", "best_score", "best_loss", "best_step"):
+        state[name] = state[name].clone()  # whoever holds the state of the last step keeps it whole
     for i in due:
         examples = table.rows[i][1]
         own = list(itertools.islice(answers, len(examples)))
         score = METRICS[table.jobs[i].header["metric"]]([a.text for a in own], [e.example.answers for e in examples])
         loss = sum(a.loss for a in own) / len(own)
+        if not math.isfinite(loss):
+            raise IptError(
+                f"the validation loss of task {table.jobs[i].name} is {loss} at step {int(state['step'][i])}: "
+                "use a smaller --learning-rate, or --precision fp32"
+            )
         if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
             state["best_theta"][i] = state["theta"][i]
             for name, value in (("best_score", score), ("best_loss", loss), ("best_step", float(state["step"][i]))):
@@ -1840,7 +1891,7 @@ def fit_subspace(
         initial_prompt: (prompt_length, hidden), the start that they share.
         rows: each task's training rows.
         config: the losses and the optimiser.
-        on_step: called with step, mean LM loss per target token (0 where it is off), unexplained variance.
+        on_step: called with step, mean LM loss per target token (nan where it is off), unexplained variance.
 
     Raises:
         IptError: the intrinsic dimension exceeds the prompt's, or a loss is not finite.
@@ -1862,7 +1913,7 @@ def fit_subspace(
         drawn = list(tasks) if step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
         vectors = subspace.project(soft_prompts[drawn])
         vectors = vectors + config.noise * torch.randn(vectors.shape, generator=generator).to(vectors)
-        unexplained, lm_loss = subspace.unexplained(soft_prompts[drawn], vectors), torch.zeros(())
+        unexplained, lm_loss = subspace.unexplained(soft_prompts[drawn], vectors), torch.tensor(math.nan)
         loss = config.alpha * unexplained * config.reconstruction_loss
         if config.lm_loss and step >= warmup:
             batch = [
@@ -1872,9 +1923,9 @@ def fit_subspace(
             losses, gradient = prompt_losses(backbone, reconstructed.detach(), batch)
             lm_loss = losses.mean()
             loss = loss + (reconstructed * gradient).sum() / len(drawn)  # only its gradient means anything: the mean loss's
-        if not (unexplained.isfinite() and lm_loss.isfinite()):
+        if not loss.isfinite():
             raise IptError(
-                f"subspace of dim {config.dim}: the loss is not finite at step {step + 1}; try --alpha 0 or --no-lm-loss"
+                f"subspace of dim {config.dim}: the loss is not finite at step {step + 1}: use a smaller learning rate or --alpha"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -1970,7 +2021,8 @@ def result_rows(scores: Iterable[Score], baseline: Mapping[str, float]) -> list[
             row["data_seed"],
         )
 
-    return sorted(rows, key=place)
+    rows.sort(key=place)
+    return [{name: value for name, value in row.items() if name != "subspace"} for row in rows]
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -2037,7 +2089,7 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {})["ipt"])
-            header, record = content["header"], content["record"]
+            header, record = content["header"] | {}, content["record"] | {}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise IptError(
             f"{path} is not a file of ipt, or is damaged ({error}): remove it, and the command makes it anew"
@@ -2059,9 +2111,9 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], device: torc
 
     tensors = load_file(path, device=str(device))
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != dict(shapes) or any(t.dtype != torch.float32 for t in tensors.values()):
+    if found != dict(shapes) or not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
         raise IptError(
-            f"{path} holds the tensors {found}, expected {dict(shapes)} in float32: remove it, and the command makes it anew"
+            f"{path} holds the tensors {found}, expected {dict(shapes)}, finite float32: remove it, and the command makes it anew"
         )
     return tensors
 
@@ -2140,15 +2192,15 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (150, 1000),
-    "batch_size": (8, 8), "learning_rate": (0.3, 0.1), "subspace_steps": (300, 2000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (120, 1000),
+    "batch_size": (4, 8), "learning_rate": (1.0, 0.1), "subspace_steps": (300, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
 
-def preset_help(name: str, text: str) -> Any:
-    """Return an option's help that ends in its two defaults."""
-    return typer.Option(help=f"{text}  [default: {PRESETS[name][0]} on the testbed, else {PRESETS[name][1]}]")
+def preset_help(name: str, text: str, min: int | None = None) -> Any:
+    """Return an option whose help ends in its two defaults."""
+    return typer.Option(min=min, help=f"{text}  [default: {PRESETS[name][0]} on the testbed, else {PRESETS[name][1]}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2160,9 +2212,9 @@ class Experiment:
     data: Annotated[Path | None, typer.Option(help="Gym folder (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
     tasks_file: Annotated[Path, typer.Option(help="Another tasks.yaml.", show_default=False)] = TASKS_FILE
     cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE or the user's]")] = None
-    prompt_length: Annotated[int | None, preset_help("prompt_length", "Tokens of a soft prompt.")] = None
+    prompt_length: Annotated[int | None, preset_help("prompt_length", "Tokens of a soft prompt.", min=1)] = None
     shots: Annotated[int, typer.Option(min=1, help="Rows per label, or half the rows of a task without labels.")] = 16
-    test_rows: Annotated[int | None, preset_help("test_rows", "Test rows of a task, at most.")] = None
+    test_rows: Annotated[int | None, preset_help("test_rows", "Test rows of a task, at most.", min=1)] = None
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of prompt and input together.")] = 512
     decoding: Annotated[str, typer.Option(help="options: the most likely option; generate: as CrossFit.")] = "options"
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
@@ -2276,9 +2328,20 @@ class Experiment:
         """Return the best soft prompt of each task that has one in the cache."""
         wanted = self.header("soft-prompt", data_seed=COLLECTION_SEED, decoding=self.decoding)
         found = self.store.find(wanted, set(tasks) - self.failures.keys())
-        found = [a for a in found if a.header["data"] == self.data_digest(a.header["task"], COLLECTION_SEED)]
+        found = [a for a in found if self.is_current(a)]
         best = {a.header["task"]: a for a in best_of_grid(found, ["task"])}
         return {task: best[task] for task in tasks if task in best}
+
+    @cached_property
+    def only(self) -> set[str]:
+        """Return the digests of the files to use, where others may lie beside them; empty for all."""
+        return set()
+
+    def is_current(self, artifact: Artifact) -> bool:
+        """Tell whether a result is of the rows and the metric that its task has now, and is wanted."""
+        task, header = artifact.header["task"], artifact.header
+        same = header["data"] == self.data_digest(task, header["data_seed"]) and header["metric"] == self.task(task).metric
+        return same and (not self.only or artifact.digest in self.only)
 
     def read_prompts(self, artifacts: Iterable[Artifact]) -> Tensor:
         """Return soft prompts (tasks, prompt_length, hidden)."""
@@ -2306,8 +2369,8 @@ class Experiment:
 class Tuning:
     """How jobs are tuned: options of collect, tune and run."""
 
-    steps: Annotated[int | None, preset_help("steps", "Updates of a job.")] = None
-    batch_size: Annotated[int | None, preset_help("batch_size", "Rows of a job in one update.")] = None
+    steps: Annotated[int | None, preset_help("steps", "Updates of a job.", min=1)] = None
+    batch_size: Annotated[int | None, preset_help("batch_size", "Rows of a job in one update.", min=1)] = None
     learning_rate: Annotated[
         list[float] | None, preset_help("learning_rate", "In units of the embeddings; repeat it: validation chooses.")
     ] = None
@@ -2315,6 +2378,12 @@ class Tuning:
     patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
     slots: Annotated[int, typer.Option(min=1, help="Jobs tuned at once.")] = 16
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")] = False
+
+    def __post_init__(self) -> None:
+        """Check what Typer cannot."""
+        for rate in self.learning_rate or []:
+            if not (0 < rate < math.inf):
+                raise IptError(f"--learning-rate is {rate}, expected a number above 0")
 
     def config(self, experiment: Experiment) -> TuneConfig:
         """Return the engine's configuration."""
@@ -2375,21 +2444,23 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
     waiting = [job for job in jobs if not store.has(job.header)]
-    checkpoint, saved, done = store.folder / "unfinished.safetensors", time.monotonic(), 0
-    latest: JobTable | None = None
+    # One checkpoint per set of jobs: another command in between leaves it alone.
+    checkpoint = store.folder / "unfinished" / f"{digest({'jobs': [digest(job.header) for job in jobs]})}.safetensors"
+    saved, done = time.monotonic(), 0
     name = "soft_prompt" if isinstance(space, PromptSpace) else "intrinsic_vector"
+    latest: tuple[list[Job], dict[str, Tensor]] = [], {}
 
-    def save_unfinished(table: JobTable) -> None:
-        write_file(checkpoint, experiment.header("checkpoint"), {}, {
-            f"{digest(job.header)}.{name}": rows[i] for i, job in enumerate(table.jobs) for name, rows in table.state.items()
-        })  # fmt: skip
+    def save_unfinished() -> None:
+        unfinished, state = latest
+        tensors = {f"{digest(job.header)}.{name}": rows[i] for i, job in enumerate(unfinished) for name, rows in state.items()}
+        write_file(checkpoint, experiment.header("checkpoint"), {}, tensors)
 
     def on_step(table: JobTable) -> None:
         nonlocal saved, latest
-        latest = table
+        latest = list(table.jobs), dict(table.state)
         advance(int(table.state["step"].sum()) + done * config.steps)
         if time.monotonic() - saved > 30:
-            save_unfinished(table)
+            save_unfinished()
             saved = time.monotonic()
 
     with progress(label, len(waiting) * config.steps) as advance:
@@ -2402,8 +2473,8 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
                 store.save(result.job.header, result.record, {name: tensor})
                 done += 1
         except KeyboardInterrupt:
-            if latest is not None and latest.jobs:
-                save_unfinished(latest)
+            if latest[0]:
+                save_unfinished()
             raise
     if waiting:
         checkpoint.unlink(missing_ok=True)
@@ -2426,7 +2497,7 @@ def read_unfinished(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 class Fitting:
     """How a subspace is found: options of fit-subspace and run."""
 
-    subspace_steps: Annotated[int | None, preset_help("subspace_steps", "Updates of the subspace on both losses.")] = None
+    subspace_steps: Annotated[int | None, preset_help("subspace_steps", "Updates of the subspace on both losses.", min=1)] = None
     alpha: Annotated[float, typer.Option(min=0, help="Weight of the reconstruction error.")] = SubspaceConfig.alpha
     lm_loss: Annotated[bool, typer.Option(help="Learn from the tasks' loss.")] = True
     reconstruction_loss: Annotated[bool, typer.Option(help="Learn to reconstruct the prompts.")] = True
@@ -2437,12 +2508,11 @@ class Fitting:
         return SubspaceConfig(dim=dim, steps=self.subspace_steps or experiment.preset("subspace_steps"), **options)
 
 
-def fit(experiment: Experiment, config: SubspaceConfig) -> Path:
-    """Find a subspace of the seen tasks' prompts, unless the cache holds it; return its file."""
+def fit(experiment: Experiment, config: SubspaceConfig) -> dict[str, Any]:
+    """Find a subspace of the seen tasks' prompts, unless the cache holds it; return its header."""
     collection = experiment.collected()
     header = experiment.header("subspace", dim=config.dim, prompts=[a.digest for a in collection], config=asdict(config))
-    path = experiment.store.path(header)
-    if not path.exists():
+    if not experiment.store.has(header):
         rows = [experiment.encoded(experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection]
         last: dict[str, float] = {}
         with progress(f"subspace, dim {config.dim}", config.warmup_steps + config.steps) as advance:
@@ -2453,8 +2523,12 @@ def fit(experiment: Experiment, config: SubspaceConfig) -> Path:
 
             initial = experiment.prompt_space.initial_prompt
             subspace = fit_subspace(experiment.model, experiment.read_prompts(collection), initial, rows, config, on_step=on_step)
-        experiment.store.save(header, {"unit": subspace.unit} | last, subspace.weights)
-    return path
+        experiment.store.save(
+            header,
+            {"unit": subspace.unit} | {name: value for name, value in last.items() if math.isfinite(value)},
+            subspace.weights,
+        )
+    return header
 
 
 def read_subspace(experiment: Experiment, artifact: Artifact) -> Subspace:
@@ -2475,6 +2549,7 @@ def find_space(experiment: Experiment, space: str, dim: int) -> Subspace:
     prompts = [a.digest for a in collection]
     if space == "subspace":
         found = experiment.store.find(experiment.header("subspace", dim=dim, prompts=prompts))
+        found = [a for a in found if not experiment.only or a.digest in experiment.only]
         if len(found) != 1:
             raise IptError(
                 f"the cache holds {len(found)} subspaces of dim {dim} for these {len(collection)} prompts, expected one: "
@@ -2515,14 +2590,15 @@ def candidates(experiment: Experiment) -> list[Candidate]:
         Candidate(Score("prompt tuning", task, "prompt"), a.digest, partial(lambda a: experiment.read_prompts([a])[0], a))
         for task, a in found.items()
     ]
-    if not any(experiment.places[task] == "seen" for task in found):
-        return wanted
+    if not found or not (experiment.skip_missing or set(experiment.named("seen")) <= found.keys()):
+        return wanted  # without the whole collection there is no subspace
     prompts = [a.digest for a in experiment.collected()]
-    fitted = [read_subspace(experiment, a) for a in store.find(experiment.header("subspace", prompts=prompts))]
+    files = store.find(experiment.header("subspace", prompts=prompts))
+    fitted = [read_subspace(experiment, a) for a in files if not experiment.only or a.digest in experiment.only]
     subspaces = {subspace.digest: subspace for subspace in fitted}
     wanted += [_reconstruction(experiment, subspace, task, a) for subspace in fitted for task, a in found.items()]
     vectors = store.find(experiment.header("intrinsic-vector", decoding=experiment.decoding), experiment.named("seen", "unseen"))
-    vectors = [a for a in vectors if a.header["data"] == experiment.data_digest(a.header["task"], a.header["data_seed"])]
+    vectors = [a for a in vectors if experiment.is_current(a)]
     for artifact in best_of_grid(vectors, ["task", "data_seed", "space", "start", "dim", "subspace"]):
         space, dim, name = (artifact.header[field] for field in ("space", "dim", "subspace"))
         if space != "subspace" and name not in subspaces:
@@ -2558,7 +2634,17 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
     """Return test scores; those that are not in the cache are computed, many prompts at a time."""
     tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
     rows = {task: rows_digest(test) for task, test in tests.items()}
-    names = [digest({"of": c.digest, "rows": rows[c.score.task], "decoding": experiment.decoding}) for c in wanted]
+    names = [
+        digest(
+            {
+                "of": c.digest,
+                "rows": rows[c.score.task],
+                "decoding": experiment.decoding,
+                "metric": experiment.task(c.score.task).metric,
+            }
+        )
+        for c in wanted
+    ]
     files = [experiment.store.folder / "scores" / f"{name}.json" for name in names]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     with progress("test scores", len(missing)) as advance:
@@ -2662,7 +2748,12 @@ def chosen(experiment: Experiment, task: list[str] | None, seen: bool, unseen: b
     """Return the tasks that the options name; all of the split when they name none."""
     named = [experiment.task(name).name for name in task or []]
     places = [place for place, wanted in (("seen", seen), ("unseen", unseen)) if wanted]
-    return list(dict.fromkeys(named + experiment.named(*places))) or list(experiment.places)
+    found = list(dict.fromkeys(named + experiment.named(*places)))
+    if places and not found:
+        raise IptError(
+            f"the split {experiment.preset('split')} has no {' and no '.join(places)} tasks; 'ipt tasks' lists what it has"
+        )
+    return found or list(experiment.places)
 
 
 @app.command()
@@ -2686,9 +2777,10 @@ def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = Non
 
     Example: ipt fit-subspace --dim 250 --dim 10
     """
+    check_dims(experiment, dim or [250])
     experiment.with_rows(experiment.places, COLLECTION_SEED)
     for size in dim or [250]:
-        say(f"subspace: {fit(experiment, fitting.config(experiment, size))}")
+        say(f"subspace: {experiment.store.path(fit(experiment, fitting.config(experiment, size)))}")
 
 
 @app.command("tune")
@@ -2708,6 +2800,7 @@ def tune_(
     if space == "prompt":
         do_jobs(experiment, tuning, [("collect", experiment.prompt_space, collect_jobs(experiment, tuning, tasks, data_seed))])
         return
+    check_dims(experiment, dim or [250])
     spaces = [find_space(experiment, space, size) for size in dim or [250]]
     jobs = [tune_jobs(experiment, tuning, tasks, data_seed=data_seed, subspace=found, start=start) for found in spaces]
     do_jobs(experiment, tuning, [(f"tune {space} {found.size}", found, own) for found, own in zip(spaces, jobs, strict=True)])
@@ -2745,20 +2838,23 @@ def run(
         experiment.keep(experiment.named("seen")[::8] + experiment.named("unseen")[::5])
     dims = dim or [250, 10]
     prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
+    check_dims(experiment, dims)
     seen, unseen = experiment.named("seen"), experiment.named("unseen")
-    plan(experiment, tuning, prompts, dims=dims, starts=[2] * len(dims) + [1])
+    plan(experiment, tuning, prompts, dims=dims, starts=[1] * (len(dims) + 2))
     if tuning.dry_run:
         return
     run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
+    experiment.only.update(digest(job.header) for job in prompts)  # what other settings left in the cache changes nothing
     for size in dims:
-        fit(experiment, fitting.config(experiment, size))
-    variants = [("subspace", size, start) for size in dims for start in ("random", "seen")]
-    for space, size, start in [*variants, ("random", dims[0], "random")]:
+        experiment.only.add(digest(fit(experiment, fitting.config(experiment, size))))
+    variants = [("subspace", size, "random") for size in dims] + [("subspace", dims[0], "seen"), ("random", dims[0], "random")]
+    for space, size, start in variants:
         subspace = find_space(experiment, space, size)
         jobs = [
             job for tasks, rows in ((seen, data_seed), (unseen, COLLECTION_SEED))
             for job in tune_jobs(experiment, tuning, tasks, data_seed=rows, subspace=subspace, start=start)
         ]  # fmt: skip
+        experiment.only.update(digest(job.header) for job in jobs)
         run_jobs(experiment, subspace, jobs, tuning, f"tune {space} {size}, {start} start")
     print_report(evaluate(experiment)[0], [], as_json)
     refuse_failures(experiment)
@@ -2872,6 +2968,15 @@ def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneCo
         _step(experiment.model, experiment.prompt_space, table, config)
         seconds.append(time.perf_counter() - begin)
     return min(seconds[1:]) / len(jobs)
+
+
+def check_dims(experiment: Experiment, dims: Iterable[int]) -> None:
+    """Refuse an intrinsic dimension that exceeds the prompt's, before any work."""
+    for dim in dims:
+        if experiment.places and dim > experiment.prompt_space.size:
+            raise IptError(
+                f"--dim {dim} is larger than the prompt itself, {experiment.prompt_space.size} numbers: use a smaller --dim"
+            )
 
 
 def check_choice(name: str, value: str, *known: str) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ipt
 import pytest
 import tokenizers
 import torch
 import transformers
+
+import ipt
 
 torch.set_num_threads(1)
 

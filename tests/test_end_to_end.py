@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ipt
 import pytest
 import safetensors.torch
 import torch
 from conftest import TASKS_FILE, Result, files_in, run_ipt
+
+import ipt
 
 Cli = Callable[..., Result]
 DIMS = ("--dim", 6, "--dim", 4)
@@ -89,10 +90,11 @@ def test_the_files_hold_what_they_say(finished: tuple[Path, Cli]) -> None:
             assert -1 <= record["validation"] <= 1
 
 
-def test_prompt_tuning_lowers_the_training_loss(finished: tuple[Path, Cli]) -> None:
-    """Over all jobs: six steps of a tiny backbone are few for each of them."""
-    records = [ipt.read_metadata(path)[1] for path in finished[0].glob("*/soft-prompts/*")]
-    assert sum(r["last_loss"] for r in records) < sum(r["first_loss"] for r in records)
+def test_prompt_tuning_lowers_the_training_loss(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("collect", "--task", "count-next", "--task", "mood-good", "--steps", 60, "--learning-rate", 0.3))
+    records = [ipt.read_metadata(path)[1] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
+    assert len(records) == 2
+    assert all(record["last_loss"] < record["first_loss"] for record in records)
 
 
 KEYS = {
@@ -226,9 +228,7 @@ def test_running_again_does_nothing_and_prints_the_same_table(whole_run: tuple[P
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
-def test_run_gives_the_files_of_the_four_commands(
-    whole_run: tuple[Path, list[object], Result], cli: Cli, tmp_path: Path
-) -> None:
+def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[object], Result], cli: Cli, tmp_path: Path) -> None:
     short = [*SHORT, "--slots", 3]
     assert_done(cli("collect", *short))
     assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
@@ -302,8 +302,9 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(
     monkeypatch.undo()
     monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
     left = files_in(tmp_path / "cache")
-    assert any("unfinished" in name for name in left)
-    assert len(left) - 1 == {7: 0, 12: 3, 17: 6}[call]
+    under_way = call != 17  # the last job had not taken a step
+    assert any("unfinished" in name for name in left) == under_way
+    assert len(left) - under_way == {7: 0, 12: 3, 17: 6}[call]
     assert_done(cli("collect", *SHORT, "--slots", 3))
     assert files_in(tmp_path / "cache") == uninterrupted
 
@@ -356,19 +357,24 @@ def test_another_command_between_interruption_and_resumption_loses_nothing(
     assert cli("collect", *SHORT, "--slots", 3).code != 0
     monkeypatch.undo()
     monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
-    (checkpoint,) = (tmp_path / "cache").glob("*/unfinished*")
+    (checkpoint,) = (tmp_path / "cache").glob("*/unfinished/*")
     states = checkpoint.read_bytes()
     assert_done(cli("collect", *SHORT, "--slots", 3, "--task", "even-or-good", "--data-seed", 13))
     assert checkpoint.exists() and checkpoint.read_bytes() == states
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(cli: Cli, tmp_path: Path) -> None:
-    assert_done(cli("collect", *SHORT, "--task", "count-next"))
-    (folder,) = (tmp_path / "cache").iterdir()
-    (folder / "unfinished.safetensors").write_bytes(b"half")
-    before = files_in(folder)
-    assert_one_error(cli("collect", *SHORT), r"unfinished\.safetensors is not a file of ipt, or is damaged")
-    assert files_in(folder) == before
+def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", raise_at(9, torch.autograd.grad))
+    assert cli("collect", *SHORT, "--slots", 3).code != 0
+    monkeypatch.undo()
+    monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
+    (checkpoint,) = (tmp_path / "cache").glob("*/unfinished/*")
+    checkpoint.write_bytes(b"half")
+    before = files_in(tmp_path / "cache")
+    assert_one_error(cli("collect", *SHORT, "--slots", 3), r"safetensors is not a file of ipt, or is damaged")
+    assert files_in(tmp_path / "cache") == before
 
 
 # --- Tasks ---------------------------------------------------------------------------------------
@@ -437,13 +443,13 @@ def cache_folder(tmp_path: Path) -> Path:
 def test_an_unknown_task_is_named_with_the_nearest_names(cli: Cli, cache_folder: Path) -> None:
     for command in ("collect", "tune", "tasks"):
         argument = ("mood-god",) if command == "tasks" else ("--task", "mood-god")
-        assert_one_error(cli(command, *argument), "'mood-god'", "did you mean mood-good")
+        assert_one_error(cli(command, *argument), "'mood-god'", "did you mean 'mood-good'")
     assert not cache_folder.exists()
 
 
 def test_an_unknown_split_is_named_with_the_nearest_names(cli: Cli, cache_folder: Path) -> None:
     for command in ("collect", "fit-subspace", "eval", "run", "tasks"):
-        assert_one_error(cli(command, "--split", "tinny"), "'tinny'; did you mean tiny")
+        assert_one_error(cli(command, "--split", "tinny"), "'tinny'; did you mean 'tiny'")
     assert not cache_folder.exists()
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ipt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import ipt
 
 settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("ipt")
@@ -23,7 +24,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-shapes = st.dictionaries(st.text("abc._", min_size=1, max_size=5), st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=3)
+shapes = st.dictionaries(
+    st.text("abc._", min_size=1, max_size=5), st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=3
+)
 
 
 @given(header=st.dictionaries(st.text(), json_values, max_size=4), record=st.dictionaries(st.text(), json_values), shapes=shapes)
@@ -67,7 +70,9 @@ def test_minibatches_visit_every_row_once_per_epoch(rows: int, size: int, seed: 
     assert ipt.minibatch(rows, size, seed, steps) == ipt.minibatch(rows, size, seed, steps)
 
 
-@given(length=st.integers(1, 4), hidden=st.integers(1, 6), dim=st.integers(1, 9), inner=st.integers(1, 7), tasks=st.integers(1, 5))
+@given(
+    length=st.integers(1, 4), hidden=st.integers(1, 6), dim=st.integers(1, 9), inner=st.integers(1, 7), tasks=st.integers(1, 5)
+)
 def test_projecting_and_back_keeps_the_shape(length: int, hidden: int, dim: int, inner: int, tasks: int) -> None:
     space = ipt.random_subspace(torch.randn(length, hidden), unit=0.5, dim=dim, inner=inner, seed=0)
     prompts = torch.randn(tasks, length, hidden)

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ipt
 import pytest
 
+import ipt
+
 # One place for all that depends on the final weights.
-LEAST_BY_INSTRUCTION = {"value": 0.8, "test": 0.8, "values": 0.6, "tests": 0.6}
+LEAST_BY_INSTRUCTION = {"value": 0.9, "test": 0.58, "values": 0.8, "tests": 0.58}
 """Share of exactly right answers to trained questions in words, by kind of question."""
 MOST_BYTES = 8_000_000
 """Of everything that ships beside the module."""
