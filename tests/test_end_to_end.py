@@ -232,7 +232,7 @@ def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[ob
     short = [*SHORT, "--slots", 3]
     assert_done(cli("collect", *short))
     assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
-    commands: list[Any] = [(*DIMS, "--start", "random"), (*DIMS, "--start", "seen"), ("--dim", 6, "--space", "random")]
+    commands: list[Any] = [(*DIMS, "--start", "random"), ("--dim", 6, "--start", "seen"), ("--dim", 6, "--space", "random")]
     for more in commands:
         assert_done(cli("tune", *short, "--seen", "--data-seed", 21, *more))
         assert_done(cli("tune", *short, "--unseen", *more))
