@@ -1125,6 +1125,8 @@ class GymFolder:
         if test is None and test_rows != 0:
             raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
         train, dev = (self._read(self.files[k, data_seed, part]) for part in ("train", "dev"))
+        if not (train and dev):
+            raise IptError(f"task '{self.task}': its train or dev file for data seed {data_seed} is empty")
         return FewShotSample(train, dev, self._read(test)[:test_rows] if test and test_rows != 0 else ())
 
     def _read(self, path: Path) -> Rows:
