@@ -350,14 +350,20 @@ def test_ctrl_c_while_a_file_is_written_loses_no_other_file_and_leaves_no_half_o
     assert_same_tensors(left, uninterrupted)
 
 
-def test_another_command_between_interruption_and_resumption_loses_nothing(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
-) -> None:
+def interrupted_collection(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Interrupt a collection in a step, and return the checkpoint that it leaves."""
     monkeypatch.setattr(torch.autograd, "grad", raise_at(9, torch.autograd.grad))
     assert cli("collect", *SHORT, "--slots", 3).code != 0
     monkeypatch.undo()
     monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
     (checkpoint,) = (tmp_path / "cache").glob("*/unfinished/*")
+    return checkpoint
+
+
+def test_another_command_between_interruption_and_resumption_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    checkpoint = interrupted_collection(cli, tmp_path, monkeypatch)
     states = checkpoint.read_bytes()
     assert_done(cli("collect", *SHORT, "--slots", 3, "--task", "even-or-good", "--data-seed", 13))
     assert checkpoint.exists() and checkpoint.read_bytes() == states
@@ -366,11 +372,7 @@ def test_another_command_between_interruption_and_resumption_loses_nothing(
 def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.autograd, "grad", raise_at(9, torch.autograd.grad))
-    assert cli("collect", *SHORT, "--slots", 3).code != 0
-    monkeypatch.undo()
-    monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
-    (checkpoint,) = (tmp_path / "cache").glob("*/unfinished/*")
+    checkpoint = interrupted_collection(cli, tmp_path, monkeypatch)
     checkpoint.write_bytes(b"half")
     before = files_in(tmp_path / "cache")
     assert_one_error(cli("collect", *SHORT, "--slots", 3), r"safetensors is not a file of ipt, or is damaged")
