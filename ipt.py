@@ -362,17 +362,27 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_tasks_file(file: Path) -> dict[str, Any]:
-    """Parse a tasks file into its top-level mappings `worlds` and `tasks`."""
-    try:
-        with file.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_StrictLoader)
-    except FileNotFoundError as error:
-        raise IptError(f"there is no tasks file {file}: name another with --tasks-file") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
-        raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
+    """Return a tasks file's top-level mappings `worlds`, `subsets` and `tasks`."""
+    content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise IptError(f"{file}: expected a mapping with the key 'tasks', got {type(content).__name__}")
     return content
+
+
+def read_yaml(file: Path) -> Any:
+    """Parse a YAML file, once as long as it stays as it is."""
+    try:
+        return _parse_yaml(file, file.stat().st_mtime_ns)
+    except FileNotFoundError as error:
+        raise IptError(f"there is no file {file}: name another with --tasks-file or --split") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+        raise IptError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+@lru_cache(maxsize=2)
+def _parse_yaml(file: Path, modified: int) -> Any:
+    with file.open(encoding="utf-8") as stream:
+        return yaml.load(stream, Loader=_StrictLoader)
 
 
 def subsets(file: Path) -> dict[str, list[str]]:
@@ -1060,10 +1070,12 @@ def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequ
 
     Args:
         tasks: All known tasks; their `splits` say what they are in random, cls and non-cls.
-        name: Such a split; a name in `subsets`; or without-<type>, such as without-nli: the seen tasks of random but for those of
-            one type, and all tasks of that type as unseen.
+        name: Such a split; a name in `subsets`; without-<type>, such as without-nli: the seen tasks of random but for those of
+            one type, and all tasks of that type as unseen; or a YAML file of the user's with a list of tasks for each place.
         subsets: Name -> the seen tasks, for random-20 and the like, whose unseen tasks are those of random.
     """
+    if name.endswith((".yaml", ".yml")):
+        return read_split(Path(name), tasks)
     base = {task.name: task.splits["random"] for task in tasks.values() if "random" in task.splits}
     types = {task: "without-" + tasks[task].category.partition("/")[2] for task in base}
     if name in types.values():
@@ -1076,8 +1088,31 @@ def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequ
         return dict.fromkeys(subsets[name], "seen") | {task: role for task, role in base.items() if role != "seen"}
     known = sorted({*subsets, *types.values(), *(split for task in tasks.values() for split in task.splits)})
     if name not in known:
-        raise IptError(f"there is no task split '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+        raise IptError(
+            f"there is no task split '{name}'{nearest(name, known)}; there are {', '.join(known)}, or a file: --split mine.yaml"
+        )
     return {task.name: task.splits[name] for task in tasks.values() if name in task.splits}
+
+
+def read_split(file: Path, tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Read a split from a file such as `{seen: [glue-sst2, squad-no_context], unseen: [anli]}`.
+
+    Raises:
+        IptError: it is no such file, a task is unknown, or a task stands in two places.
+    """
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not content or not all(isinstance(names, list) for names in content.values()):
+        raise IptError(f"{file}: expected lists of tasks under {', '.join(PLACES)}")
+    split: dict[str, str] = {}
+    for place, name in ((place, name) for place, names in content.items() for name in names):
+        if place not in PLACES:
+            raise IptError(f"{file}: {place!r} is no place of a split{nearest(str(place), PLACES)}; expected {', '.join(PLACES)}")
+        if name not in tasks:
+            raise IptError(f"{file}: there is no task {name!r}{nearest(str(name), tasks)}; 'ipt tasks' lists them")
+        if name in split:
+            raise IptError(f"{file}: task {name!r} stands twice, under {split[name]} and {place}: remove one")
+        split[name] = place
+    return split
 
 
 # --- Gym folders ---------------------------------------------------------------------------------
@@ -2210,7 +2245,7 @@ class Experiment:
     """A backbone, tasks and a cache: the options that all commands share."""
 
     backbone: Annotated[str, typer.Option(help="Hub id or folder of a sequence-to-sequence model.")] = TESTBED
-    split: Annotated[str | None, preset_help("split", "Which tasks are seen and unseen.")] = None
+    split: Annotated[str | None, preset_help("split", "Which tasks are seen and unseen: a name, or a YAML file.")] = None
     data: Annotated[Path | None, typer.Option(help="Gym folder (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
     tasks_file: Annotated[Path, typer.Option(help="Another tasks.yaml.", show_default=False)] = TASKS_FILE
     cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE or the user's]")] = None
@@ -2683,7 +2718,7 @@ def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
     Raises:
         IptError: there is no soft prompt to compare with.
     """
-    experiment.with_rows(experiment.places, COLLECTION_SEED)
+    experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
     wanted = candidates(experiment)
     if not wanted:
         raise IptError(

@@ -767,3 +767,29 @@ def test_broken_lines_and_empty_folders_are_refused(tmp_path: Path) -> None:
     write_gym(tmp_path, "boolq", '{"input": "i"}\n', suffix="jsonl")
     with pytest.raises(IptError, match=r"boolq_16_13_train.jsonl, line 1: expected a JSON object with input, output and options"):
         ipt.find_gym_tasks(tmp_path, TASKS)["boolq"].source.sample(13, shots=16, test_rows=0)
+
+
+def test_a_users_own_list_of_tasks_is_a_split(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seen: [glue-sst2, anli]\nunseen: [piqa]\n", encoding="utf-8")
+    assert ipt.split_tasks(TASKS, str(file), {}) == {"glue-sst2": "seen", "anli": "seen", "piqa": "unseen"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seen: [glue-sst3]", r"mine\.yaml: there is no task 'glue-sst3'; did you mean 'glue-sst2'"),
+        ("sen: [anli]", r"'sen' is no place of a split; did you mean 'seen'"),
+        ("seen: [anli]\nunseen: [anli]", r"'anli' stands twice, under seen and unseen"),
+        ("seen: anli", r"expected lists of tasks under seen, unseen"),
+        ("[anli]", r"expected lists of tasks under seen, unseen"),
+        ("seen: [anli", r"mine\.yaml is not readable as YAML"),
+        (None, r"there is no file .*mine\.yaml"),
+    ],
+)
+def test_a_wrong_list_of_tasks_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(ipt.IptError, match=message):
+        ipt.split_tasks(TASKS, str(file), {})

@@ -458,7 +458,7 @@ def test_an_unknown_split_is_named_with_the_nearest_names(cli: Cli, cache_folder
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (None, None, r"there is no tasks file .*own\.yaml.*--tasks-file"),
+        (None, None, r"there is no file .*own\.yaml.*--tasks-file"),
         ("tasks:", "tasks: ]", r"own\.yaml is not readable as YAML.*line"),
         ("  animal-class:", "  mood-good:", r"own\.yaml: 'mood-good' stands twice.*line \d+"),
         ("question: mood good", "question: no", r"own\.yaml: task mood-good: 'question' is False"),
