@@ -34,8 +34,10 @@ import json
 import math
 import operator
 import os
+import platform
 import random
 import re
+import signal
 import string
 import sys
 import time
@@ -43,6 +45,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -1223,6 +1226,68 @@ def missing_from_gym(tasks: Mapping[str, Task], wanted: Iterable[str], seeds: It
     return sentences
 
 
+# --- Ranks ---------------------------------------------------------------------------------------
+# Under torchrun every process is a rank with a device of its own, and all share one cache. Alone, a process is rank 0 of 1.
+
+
+def rank() -> int:
+    """Return this process's number."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def n_ranks() -> int:
+    """Return how many processes share the work."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Meet the other ranks, and leave them at the end."""
+    if n_ranks() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A rank waits for the slowest, whose share may take days; one that dies is torchrun's to notice.
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def from_first_rank(value: Any) -> Any:
+    """Return rank 0's value on every rank: what is decided by a look into the cache, in which others write meanwhile."""
+    if n_ranks() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def wait_for_ranks() -> None:
+    """Return when all ranks have come here, so that the files of all are there."""
+    if n_ranks() > 1:
+        torch.distributed.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up a tensor over the ranks, in place."""
+    if n_ranks() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def own_share(costs: Sequence[float]) -> list[int]:
+    """Return which pieces of work are this rank's, when the costliest go first, each to the rank with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(n_ranks())]
+    load = [0.0] * n_ranks()
+    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
+        to = load.index(min(load))
+        shares[to].append(piece)
+        load[to] += costs[piece]
+    return sorted(shares[rank()])
+
+
 # --- Backbone ------------------------------------------------------------------------------------
 # The frozen encoder-decoder and its tokenizer. Soft prompts go in front of the input's embeddings, as in PEFT.
 
@@ -1246,25 +1311,50 @@ class Encoded:
 
 @dataclass
 class Budget:
-    """How many tokens go through the backbone at once; halved when memory runs out, which changes no result."""
+    """How many tokens go through the backbone at once: as many as memory holds, found by trying. It changes no result."""
 
     tokens: int
+    most: float = math.inf
+    """What has not fitted before, if anything."""
 
     def run(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
         """Call `work` on lists of row numbers, the longest rows first and rows of like length together."""
         order, done = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
         while done < len(order):
-            size = max(1, self.tokens // lengths[order[done]])
+            longest = lengths[order[done]]
+            size = max(1, self.tokens // longest)
             try:
                 work(order[done : done + size])
+                if done + size <= len(order):
+                    self._grow()
                 done += size
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
                 if size == 1:
                     raise IptError(
-                        f"one row of {lengths[order[done]]} tokens does not fit into memory: "
+                        f"one row of {longest} tokens does not fit into memory: "
                         "shorten it with --max-length or use a smaller backbone"
                     ) from error
-                self.tokens = lengths[order[done]] * (size // 2)
+                self.most = min(self.most, longest * size)
+                self.tokens = longest * (size // 2)
+
+    def _grow(self) -> None:
+        """Double after a full pass that left more than half of the memory free."""
+        if 2 * self.tokens < self.most and memory_share() < 0.4:
+            self.tokens *= 2
+
+
+def memory_share() -> float:
+    """Return the share of the GPU's memory that has been in use at most since last asked; 1 on a CPU.
+
+    On a CPU larger passes are no faster (tests/benchmark.py measures it), so nothing is gained by filling its memory.
+    """
+    if not torch.cuda.is_initialized():
+        return 1.0
+    share = torch.cuda.max_memory_allocated() / torch.cuda.mem_get_info()[1]
+    torch.cuda.reset_peak_memory_stats()
+    return share
 
 
 @dataclass(frozen=True)
@@ -1455,14 +1545,17 @@ class Answer:
     loss: float
 
 
-def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", max_length: int = 512) -> Backbone:
+def load_backbone(
+    name: str, *, device: str = "auto", precision: str = "auto", max_length: int = 512, compiled: bool = False
+) -> Backbone:
     """Load and freeze a sequence-to-sequence backbone.
 
     Args:
         name: a Hub id, a local folder, or `testbed`.
-        device: `auto` takes a GPU when there is one.
+        device: `auto` takes a GPU when there is one, each rank its own.
         precision: `bf16`, `fp32`, or `auto`: bf16 on a GPU that has it. What learns is always float32.
         max_length: tokens of prompt and input together, at most what the backbone has positions for.
+        compiled: let torch.compile make kernels of its own for encoder and decoder.
 
     Raises:
         IptError: there is no such model, or it is not sequence to sequence.
@@ -1472,8 +1565,13 @@ def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", m
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if device == "auto":
+            count = torch.cuda.device_count()
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
+        place = torch.device(device)
         torch.empty(0, device=place)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
     except (RuntimeError, AssertionError) as error:
         raise IptError(
             f"there is no device {device!r} here ({str(error).splitlines()[0]}): use --device auto, cpu or cuda"
@@ -1493,6 +1591,9 @@ def load_backbone(name: str, *, device: str = "auto", precision: str = "auto", m
     if loading["missing_keys"]:
         raise IptError(f"the backbone {name!r} lacks the tensors {', '.join(sorted(loading['missing_keys']))}: it is not whole")
     model = model.to(place).eval().requires_grad_(False)
+    if compiled:
+        model.get_encoder().compile(dynamic=True)
+        model.get_decoder().compile(dynamic=True)
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     budget = Budget(1 << 12 if place.type == "cpu" else 1 << 15)
     return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), budget)
@@ -1582,10 +1683,9 @@ class Subspace:
         """Map intrinsic vectors to soft prompts."""
         return self.initial_prompt + self.unit * self.decode(theta).view(-1, *self.initial_prompt.shape)
 
-    def unexplained(self, soft_prompts: Tensor, vectors: Tensor) -> Tensor:
+    def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
         """Return the reconstruction error: the share of the prompts' variance around the initial prompt left unexplained."""
-        wanted = self.standardise(soft_prompts)
-        return (self.decode(vectors) - wanted).pow(2).mean() / wanted.pow(2).mean()
+        return (reconstructed - soft_prompts).pow(2).mean() / (soft_prompts - self.initial_prompt).pow(2).mean()
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
@@ -1664,6 +1764,8 @@ class Job:
     """(size,), float32."""
     rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
     """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
+    cost: float = 1.0
+    """How much work it is beside other jobs, such as the letters of its rows: by it ranks share the jobs."""
 
     @property
     def name(self) -> str:
@@ -1691,10 +1793,12 @@ class JobTable:
         """Begin with no job; `size` is the length of a row of theta."""
         self.jobs: list[Job] = []
         self.rows: list[tuple[list[Encoded], list[Encoded]]] = []
-        wide = {name: torch.zeros(0, size, device=device) for name in ("theta", "mean", "square", "best_theta")}
-        # Scalars of a job are float64: a step count is exact, and a score compares as it was computed.
-        names = ("step", "best_score", "best_loss", "best_step", "first_loss", "last_loss")
-        self.state = wide | {name: torch.zeros(0, dtype=torch.float64) for name in names}
+        self.state = {name: torch.zeros(0, size, device=device) for name in ("theta", "mean", "square", "best_theta")}
+        # Losses stay on the device: reading them would make it wait for the host at every step.
+        self.state |= {name: torch.zeros(0, device=device) for name in ("first_loss", "last_loss")}
+        # What the host decides by is float64: a step count is exact, and a score compares as it was computed.
+        names = ("step", "best_score", "best_loss", "best_step")
+        self.state |= {name: torch.zeros(0, dtype=torch.float64) for name in names}
 
     def add(self, job: Job, state: Mapping[str, Tensor] | None = None) -> None:
         """Give a job a slot, at its start or, resumed, at a saved state."""
@@ -1704,6 +1808,11 @@ class JobTable:
             self.state[name] = torch.cat([table, row[None]])
         self.jobs.append(job)
         self.rows.append(job.rows())
+
+    @property
+    def row_lengths(self) -> float:
+        """Return the mean tokens of a training row, summed over the jobs."""
+        return sum(sum(map(len, train)) / len(train) for train, _ in self.rows)
 
     def keep(self, which: Sequence[int]) -> None:
         """Drop all jobs but these."""
@@ -1724,7 +1833,7 @@ def tune(
     jobs: Iterable[Job],
     config: TuneConfig,
     *,
-    slots: int,
+    slots: int | None = None,
     decoding: str = "options",
     resume: Mapping[str, Mapping[str, Tensor]] | None = None,
     on_step: Callable[[JobTable], None] = lambda table: None,
@@ -1736,7 +1845,7 @@ def tune(
         space: maps theta to soft prompts, once per job and step.
         jobs: in the order in which they get slots.
         config: the same for all jobs.
-        slots: jobs that are tuned at once.
+        slots: jobs that are tuned at once; without it as many as fill a pass through the backbone, and at least 16.
         decoding: how validation rows are answered.
         resume: states of unfinished jobs by job digest, as in a checkpoint.
         on_step: called after each step of all slots, with the table.
@@ -1746,7 +1855,7 @@ def tune(
     """
     table, queue = JobTable(space.size, backbone.device), iter(jobs)
     while True:
-        for job in itertools.islice(queue, slots - len(table.jobs)):
+        while _has_slot(table, slots, backbone.budget, config) and (job := next(queue, None)):
             table.add(job, (resume or {}).get(digest(job.header)))
         if not table.jobs:
             return
@@ -1763,6 +1872,13 @@ def tune(
         on_step(table)
 
 
+def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig) -> bool:
+    """Tell whether one more job can be tuned beside those in the table."""
+    if slots:
+        return len(table.jobs) < slots
+    return len(table.jobs) < 16 or config.batch_size * table.row_lengths < budget.tokens
+
+
 def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
     """Update every job in the table once, each on its own next minibatch."""
     state, steps = table.state, table.state["step"].long().tolist()
@@ -1776,7 +1892,6 @@ def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig)
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
     state["theta"] = theta.detach()
-    _check_finite(losses, table)
     _record_losses(losses, state, config)
     adam(state, gradient, torch.tensor([job.header["learning_rate"] for job in table.jobs]), config)
 
@@ -1807,8 +1922,7 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
         losses.index_add_(0, slots, means.detach())
 
     backbone.budget.run([leaf.shape[1] + len(example) for _, example in batch], work)
-    assert leaf.grad is not None
-    return losses, leaf.grad
+    return losses, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:
@@ -1833,19 +1947,11 @@ def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, con
     state["theta"] = state["theta"] - rate * state["mean"] / spread
 
 
-def _check_finite(losses: Tensor, table: JobTable) -> None:
-    for i in (~losses.isfinite()).nonzero()[:, 0].tolist():
-        raise IptError(
-            f"the loss of task {table.jobs[i].name} is {losses[i]} at step {int(table.state['step'][i]) + 1}: "
-            "use a smaller --learning-rate, or --precision fp32"
-        )
-
-
 def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig) -> None:
-    """Add each job's loss to its mean over its first ten and over its last ten steps."""
-    values, window = losses.cpu().double(), min(10, config.steps)
-    state["first_loss"] = state["first_loss"] + torch.where(state["step"] < window, values / window, 0)
-    state["last_loss"] = torch.where(state["step"] == 0, values, state["last_loss"].lerp(values, 0.1))
+    """Add each job's loss to its mean over its first ten and over its last ten steps; one that is not finite stays in both."""
+    step, window = state["step"].to(losses.device), min(10, config.steps)
+    state["first_loss"] = state["first_loss"] + torch.where(step < window, losses / window, 0)
+    state["last_loss"] = torch.where(step == 0, losses, state["last_loss"].lerp(losses, 0.1))
 
 
 def _validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[int], decoding: str) -> None:
@@ -1862,11 +1968,12 @@ def _validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[i
         own = list(itertools.islice(answers, len(examples)))
         score = METRICS[table.jobs[i].header["metric"]]([a.text for a in own], [e.example.answers for e in examples])
         loss = sum(a.loss for a in own) / len(own)
-        if not math.isfinite(loss):
-            raise IptError(
-                f"the validation loss of task {table.jobs[i].name} is {loss} at step {int(state['step'][i])}: "
-                "use a smaller --learning-rate, or --precision fp32"
-            )
+        for which, value in (("training", float(state["last_loss"][i])), ("validation", loss)):
+            if not math.isfinite(value):
+                raise IptError(
+                    f"the {which} loss of task {table.jobs[i].name} is {value} by step {int(state['step'][i])}: "
+                    "use a smaller --learning-rate, or --precision fp32"
+                )
         if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
             state["best_theta"][i] = state["theta"][i]
             for name, value in (("best_score", score), ("best_loss", loss), ("best_step", float(state["step"][i]))):
@@ -1911,69 +2018,142 @@ class SubspaceConfig:
             )
 
 
-def fit_subspace(
+class SubspaceFits:
+    """Subspaces of several dimensions that are learned side by side, on the same draws of tasks and rows."""
+
+    def __init__(self, initial_prompt: Tensor, unit: float, configs: Sequence[SubspaceConfig]) -> None:
+        """Begin with untrained subspaces, one per configuration."""
+        self.step = 0
+        self.configs = configs
+        self.subspaces = [random_subspace(initial_prompt, unit=unit, dim=c.dim, inner=c.inner, seed=c.seed) for c in configs]
+        self.optimizers = []
+        for subspace, config in zip(self.subspaces, configs, strict=True):
+            for weight in subspace.weights.values():
+                weight.requires_grad_()
+            self.optimizers.append(torch.optim.AdamW(subspace.weights.values(), lr=config.learning_rate, weight_decay=0.01))
+        self.lm_losses = [math.nan for _ in configs]
+        """Mean LM loss per target token at the last step; nan where it is off."""
+        self.unexplained = [math.nan for _ in configs]
+        """Reconstruction error at the last step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and moments by `dim.layer.name`: with the step, all that a checkpoint needs."""
+        moments = ("exp_avg", "exp_avg_sq")
+        return {
+            f"{subspace.size} {layer} {name}": optimizer.state[weight][name] if name in moments else weight.detach()
+            for subspace, optimizer in zip(self.subspaces, self.optimizers, strict=True)
+            for layer, weight in subspace.weights.items()
+            for name in ("weight", *moments)
+        }
+
+    def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self.step = step
+        for subspace, optimizer in zip(self.subspaces, self.optimizers, strict=True):
+            for layer, weight in subspace.weights.items():
+                own = {name: state[f"{subspace.size} {layer} {name}"].to(weight) for name in ("weight", "exp_avg", "exp_avg_sq")}
+                weight.data.copy_(own.pop("weight"))
+                optimizer.state[weight] = own | {"step": torch.tensor(float(step))}
+
+    def update(self, losses: Sequence[Tensor], total: int) -> None:
+        """Take a step of AdamW for each subspace, its rate warmed up, then falling linearly over the second half."""
+        for subspace, optimizer, config, loss in zip(self.subspaces, self.optimizers, self.configs, losses, strict=True):
+            if not loss.isfinite():
+                raise IptError(
+                    f"subspace of dim {config.dim}: the loss is not finite at step {self.step + 1}: use a smaller learning rate "
+                    "or --alpha"
+                )
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (self.step + 1) / 50, 2 * (total - self.step) / total)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(subspace.weights.values()), 1.0)
+            optimizer.step()
+        self.step += 1
+
+
+def fit_subspaces(
     backbone: Backbone,
     soft_prompts: Tensor,
     initial_prompt: Tensor,
     rows: Sequence[Sequence[Encoded]],
-    config: SubspaceConfig,
+    configs: Sequence[SubspaceConfig],
     *,
-    on_step: Callable[[int, float, float], None] = lambda step, lm_loss, unexplained: None,
-) -> Subspace:
-    """Find the subspace of collected prompts.
+    resume: tuple[int, Mapping[str, Tensor]] | None = None,
+    on_step: Callable[[SubspaceFits], None] = lambda fits: None,
+) -> list[Subspace]:
+    """Find subspaces of collected prompts; what each comes to does not depend on those beside it.
+
+    A decoder maps each drawn task's vector once a step, whatever the number of its rows: the rows only see prompts, and what
+    comes back is the loss's gradient with respect to those. Ranks share the prompts and add up these gradients.
 
     Args:
         backbone: frozen.
         soft_prompts: (tasks, prompt_length, hidden).
         initial_prompt: (prompt_length, hidden), the start that they share.
         rows: each task's training rows.
-        config: the losses and the optimiser.
-        on_step: called with step, mean LM loss per target token (nan where it is off), unexplained variance.
+        configs: the losses and the optimiser; alike in everything but the dimension.
+        resume: step and state of a checkpoint.
+        on_step: called before the first step and after each.
 
     Raises:
-        IptError: the intrinsic dimension exceeds the prompt's, or a loss is not finite.
+        IptError: an intrinsic dimension exceeds the prompt's, or a loss is not finite.
     """
-    if config.dim > initial_prompt.numel():
-        raise IptError(
-            f"--dim {config.dim} is larger than the prompt itself, {initial_prompt.numel()} numbers: use a smaller --dim"
-        )
-    unit = float((soft_prompts - initial_prompt).pow(2).mean().sqrt())
-    subspace = random_subspace(initial_prompt, unit=unit, dim=config.dim, inner=config.inner, seed=config.seed)
-    for weight in subspace.weights.values():
-        weight.requires_grad_()
-    optimizer = torch.optim.AdamW(subspace.weights.values(), lr=config.learning_rate, weight_decay=0.01)
-    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    for config in configs:
+        if config.dim > initial_prompt.numel():
+            raise IptError(
+                f"--dim {config.dim} is larger than the prompt itself, {initial_prompt.numel()} numbers: use a smaller --dim"
+            )
+    fits = SubspaceFits(initial_prompt, float((soft_prompts - initial_prompt).pow(2).mean().sqrt()), configs)
+    if resume:
+        fits.restore(*resume)
+    config, tasks = configs[0], range(len(soft_prompts))
     warmup = config.warmup_steps if config.reconstruction_loss else 0
-    total, tasks = warmup + config.steps, range(len(soft_prompts))
-    for step in range(total):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (step + 1) / 50, 2 * (total - step) / total)
-        drawn = list(tasks) if step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
-        vectors = subspace.project(soft_prompts[drawn])
-        vectors = vectors + config.noise * torch.randn(vectors.shape, generator=generator).to(vectors)
-        unexplained, lm_loss = subspace.unexplained(soft_prompts[drawn], vectors), torch.tensor(math.nan)
-        loss = config.alpha * unexplained * config.reconstruction_loss
-        if config.lm_loss and step >= warmup:
+    total = warmup + config.steps
+    on_step(fits)
+    while fits.step < total:
+        # All randomness follows from seed and step, so that a checkpoint need not hold it.
+        rng, generator = (
+            random.Random(f"{config.seed} {fits.step}"),
+            torch.Generator().manual_seed(config.seed + 7919 * fits.step),
+        )
+        drawn = list(tasks) if fits.step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
+        wanted, noise = soft_prompts[drawn], generator.get_state()
+        reconstructed = [_reconstruct(s, wanted, config.noise, generator.set_state(noise)) for s in fits.subspaces]
+        unexplained = [s.unexplained(wanted, r) for s, r in zip(fits.subspaces, reconstructed, strict=True)]
+        losses = [config.alpha * share * config.reconstruction_loss for share in unexplained]
+        if config.lm_loss and fits.step >= warmup:
             batch = [
                 (i, e) for i, task in enumerate(drawn) for e in rng.sample(rows[task], min(config.rows_per_task, len(rows[task])))
             ]
-            reconstructed = subspace.back_project(vectors)
-            losses, gradient = prompt_losses(backbone, reconstructed.detach(), batch)
-            lm_loss = losses.mean()
-            loss = loss + (reconstructed * gradient).sum() / len(drawn)  # only its gradient means anything: the mean loss's
-        if not loss.isfinite():
-            raise IptError(
-                f"subspace of dim {config.dim}: the loss is not finite at step {step + 1}: use a smaller learning rate or --alpha"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(subspace.weights.values()), 1.0)
-        optimizer.step()
-        on_step(step, float(lm_loss), float(unexplained.detach()))
-    return _unit_vectors(replace(subspace, weights={k: w.detach() for k, w in subspace.weights.items()}), soft_prompts)
+            batches = [(i + n * len(drawn), e) for n in range(len(configs)) for i, e in batch]
+            lm_losses, gradients = _shared_prompt_losses(backbone, torch.cat(reconstructed).detach(), batches)
+            fits.lm_losses = [float(own.mean()) for own in lm_losses.chunk(len(configs))]
+            for n, (prompts, gradient) in enumerate(zip(reconstructed, gradients.chunk(len(configs)), strict=True)):
+                losses[n] = losses[n] + (prompts * gradient).sum() / len(drawn)  # its gradient is the mean LM loss's
+        fits.unexplained = [float(share.detach()) for share in unexplained]
+        fits.update(losses, total)
+        on_step(fits)
+    return [_unit_vectors(subspace, soft_prompts) for subspace in fits.subspaces]
+
+
+def _reconstruct(subspace: Subspace, soft_prompts: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Map prompts through the subspace, with noise on their intrinsic vectors."""
+    vectors = subspace.project(soft_prompts)
+    return subspace.back_project(vectors + noise * torch.randn(vectors.shape, generator=generator).to(vectors))
+
+
+def _shared_prompt_losses(
+    backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tuple[int, Encoded]]
+) -> tuple[Tensor, Tensor]:
+    """Return what `prompt_losses` does, every rank having done its share of the prompts."""
+    own = [(i, example) for i, example in batch if i % n_ranks() == rank()]
+    losses, gradients = prompt_losses(backbone, soft_prompts, own)
+    return sum_over_ranks(losses), sum_over_ranks(gradients)
 
 
 def _unit_vectors(subspace: Subspace, soft_prompts: Tensor) -> Subspace:
     """Rescale the code so that the collected prompts' intrinsic vectors have a root mean square of one."""
+    subspace = replace(subspace, weights={name: weight.detach() for name, weight in subspace.weights.items()})
     scale = subspace.project(soft_prompts).pow(2).mean().sqrt()
     weights = subspace.weights | {
         "in.weight": subspace.weights["in.weight"] / scale,
@@ -2075,6 +2255,11 @@ def digest(header: Mapping[str, Any]) -> str:
 def rows_digest(examples: Iterable[Example]) -> str:
     """Return a name for rows, so that a result is never taken for one on other data."""
     return digest({"rows": [[e.input, e.answers, e.options] for e in examples]})
+
+
+def file_name(text: str) -> str:
+    """Return text with what a file's name should not hold replaced."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def user_cache() -> Path:
@@ -2230,14 +2415,18 @@ COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
     "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (120, 1000),
-    "batch_size": (4, 8), "learning_rate": (1.0, 0.1), "subspace_steps": (300, 2000),
+    "batch_size": (4, 8), "learning_rate": (0.5, 0.1), "vector_learning_rate": (0.2, 0.1), "subspace_steps": (150, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
 
 def preset_help(name: str, text: str, min: int | None = None) -> Any:
     """Return an option whose help ends in its two defaults."""
-    return typer.Option(min=min, help=f"{text}  [default: {PRESETS[name][0]} on the testbed, else {PRESETS[name][1]}]")
+    return typer.Option(min=min, help=f"{text}  [default: {_presets(name)}]")
+
+
+def _presets(name: str) -> str:
+    return f"{PRESETS[name][0]} on the testbed, else {PRESETS[name][1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2256,6 +2445,7 @@ class Experiment:
     decoding: Annotated[str, typer.Option(help="options: the most likely option; generate: as CrossFit.")] = "options"
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone: pays in runs of an hour or more.")] = False
     seed: Annotated[int, typer.Option(help="Of the initial prompt that all tasks share.")] = 0
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Do without seen tasks that have no soft prompt.")] = False
 
@@ -2299,13 +2489,30 @@ class Experiment:
     @cached_property
     def model(self) -> Backbone:
         """Return the loaded backbone."""
-        return load_backbone(self.backbone, device=self.device, precision=self.precision, max_length=self.max_length)
+        loaded = load_backbone(
+            self.backbone, device=self.device, precision=self.precision, max_length=self.max_length, compiled=self.compiled
+        )
+        if (file := self._budget_file(loaded)).exists():
+            loaded.budget.tokens, loaded.budget.most = json.loads(file.read_bytes())
+        return loaded
+
+    def _folder(self, loaded: Backbone) -> Path:
+        name = Path(self.backbone).name if Path(self.backbone).exists() else self.backbone
+        return (self.cache or user_cache()) / f"{file_name(name)}-{loaded.fingerprint[:8]}"
+
+    def _budget_file(self, loaded: Backbone) -> Path:
+        kind = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
+        return self._folder(loaded) / "passes" / f"{file_name(f'{platform.node()}-{kind}')}.json"
+
+    def remember_budget(self, before: Budget) -> None:
+        """Keep what was found out about how much fits into memory, for the next command on this machine."""
+        if (budget := self.model.budget) != before:
+            write_bytes(self._budget_file(self.model), json.dumps([budget.tokens, budget.most]).encode())
 
     @cached_property
     def store(self) -> Cache:
         """Return the cache's part for this backbone."""
-        name = re.sub(r"[^\w.-]+", "-", Path(self.backbone).name if Path(self.backbone).exists() else self.backbone)
-        return Cache((self.cache or user_cache()) / f"{name}-{self.model.fingerprint[:8]}", self.model.fingerprint)
+        return Cache(self._folder(self.model), self.model.fingerprint)
 
     @cached_property
     def prompt_space(self) -> PromptSpace:
@@ -2409,12 +2616,15 @@ class Tuning:
     steps: Annotated[int | None, preset_help("steps", "Updates of a job.", min=1)] = None
     batch_size: Annotated[int | None, preset_help("batch_size", "Rows of a job in one update.", min=1)] = None
     learning_rate: Annotated[
-        list[float] | None, preset_help("learning_rate", "In units of the embeddings; repeat it: validation chooses.")
-    ] = None
+        list[float] | None,
+        typer.Option(help="In units of the embeddings, or of intrinsic vectors; repeat it: validation chooses.  [default: "
+                     f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}]"),
+    ] = None  # fmt: skip
     evaluations: Annotated[int, typer.Option(min=1, help="Validations in a run.")] = TuneConfig.evaluations
     patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
-    slots: Annotated[int, typer.Option(min=1, help="Jobs tuned at once.")] = 16
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")] = False
+    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: what fills a pass, at least 16]")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         """Check what Typer cannot."""
@@ -2446,9 +2656,10 @@ def make_jobs(
             data=experiment.data_digest(task, data_seed), decoding=experiment.decoding,
             tuning=asdict(tuning.config(experiment)), learning_rate=rate, **more,
         )  # fmt: skip
-        return Job(header, draw(task), partial(rows, task))
+        letters = [len(e.input) for e in experiment.sample(task, data_seed).train]
+        return Job(header, draw(task), partial(rows, task), cost=sum(letters) / len(letters))
 
-    rates = tuning.learning_rate or [experiment.preset("learning_rate")]
+    rates = tuning.learning_rate or [experiment.preset("learning_rate" if kind == "soft-prompt" else "vector_learning_rate")]
     return [job(task, rate) for task in experiment.with_rows(tasks, data_seed) for rate in rates]
 
 
@@ -2480,16 +2691,18 @@ def tune_jobs(
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
-    waiting = [job for job in jobs if not store.has(job.header)]
-    # One checkpoint per set of jobs: another command in between leaves it alone.
-    checkpoint = store.folder / "unfinished" / f"{digest({'jobs': [digest(job.header) for job in jobs]})}.safetensors"
-    saved, done = time.monotonic(), 0
+    waiting = [jobs[n] for n in from_first_rank([n for n, job in enumerate(jobs) if not store.has(job.header)])]
+    own = [waiting[n] for n in own_share([job.cost for job in waiting])]
+    # One checkpoint per set of jobs and rank: another command in between leaves it alone.
+    unfinished = store.folder / "unfinished"
+    checkpoint = unfinished / f"{digest({'jobs': [digest(job.header) for job in jobs]})}-{rank()}.safetensors"
+    saved, done, budget = time.monotonic(), 0, replace(experiment.model.budget)
     name = "soft_prompt" if isinstance(space, PromptSpace) else "intrinsic_vector"
     latest: tuple[list[Job], dict[str, Tensor]] = [], {}
 
     def save_unfinished() -> None:
-        unfinished, state = latest
-        tensors = {f"{digest(job.header)}.{name}": rows[i] for i, job in enumerate(unfinished) for name, rows in state.items()}
+        running, state = latest
+        tensors = {f"{digest(job.header)}.{name}": rows[i] for i, job in enumerate(running) for name, rows in state.items()}
         write_file(checkpoint, experiment.header("checkpoint"), {}, tensors)
 
     def on_step(table: JobTable) -> None:
@@ -2500,11 +2713,11 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
             save_unfinished()
             saved = time.monotonic()
 
-    with progress(label, len(waiting) * config.steps) as advance:
+    with progress(label, len(own) * config.steps) as advance:
         try:
             for result in tune(
-                experiment.model, space, waiting, config, slots=tuning.slots, decoding=experiment.decoding,
-                resume=read_unfinished(checkpoint), on_step=on_step,
+                experiment.model, space, own, config, slots=tuning.slots, decoding=experiment.decoding,
+                resume=read_unfinished(unfinished) if own else None, on_step=on_step,
             ):  # fmt: skip
                 tensor = result.soft_prompt if name == "soft_prompt" else result.theta
                 store.save(result.job.header, result.record, {name: tensor})
@@ -2513,21 +2726,34 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
             if latest[0]:
                 save_unfinished()
             raise
-    if waiting:
-        checkpoint.unlink(missing_ok=True)
+    wait_for_ranks()
+    if waiting and rank() == 0:
+        experiment.remember_budget(budget)
+        remove_finished(unfinished, {digest(job.header) for job in jobs})
 
 
-def read_unfinished(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the states of unfinished jobs by job digest."""
+def read_unfinished(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the states of unfinished jobs by job digest, whichever rank had them."""
+    from safetensors.torch import load_file
+
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    if checkpoint.exists():
-        from safetensors.torch import load_file
-
+    for checkpoint in sorted(folder.glob("*.safetensors")):
         read_metadata(checkpoint)
         for key, tensor in load_file(checkpoint).items():
             job, _, name = key.partition(".")
             states[job][name] = tensor
     return states
+
+
+def remove_finished(folder: Path, jobs: Collection[str]) -> None:
+    """Remove the checkpoints in which all jobs are among these."""
+    from safetensors import safe_open
+
+    for checkpoint in folder.glob("*.safetensors"):
+        with safe_open(checkpoint, framework="pt") as file:
+            finished = {key.partition(".")[0] for key in file.keys()} <= set(jobs)  # noqa: SIM118 (it is no mapping)
+        if finished:
+            checkpoint.unlink()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -2545,27 +2771,60 @@ class Fitting:
         return SubspaceConfig(dim=dim, steps=self.subspace_steps or experiment.preset("subspace_steps"), **options)
 
 
-def fit(experiment: Experiment, config: SubspaceConfig) -> dict[str, Any]:
-    """Find a subspace of the seen tasks' prompts, unless the cache holds it; return its header."""
-    collection = experiment.collected()
-    header = experiment.header("subspace", dim=config.dim, prompts=[a.digest for a in collection], config=asdict(config))
-    if not experiment.store.has(header):
-        rows = [experiment.encoded(experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection]
-        last: dict[str, float] = {}
-        with progress(f"subspace, dim {config.dim}", config.warmup_steps + config.steps) as advance:
+def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[str, Any]]:
+    """Find the subspaces of the seen tasks' prompts that the cache does not hold yet; return the headers of all."""
+    collection, store = experiment.collected(), experiment.store
+    prompts = [a.digest for a in collection]
+    headers = [experiment.header("subspace", dim=c.dim, prompts=prompts, config=asdict(c)) for c in configs]
+    waiting = from_first_rank([n for n, header in enumerate(headers) if not store.has(header)])
+    if not waiting:
+        return headers
+    checkpoint = store.folder / "unfinished-subspaces" / f"{digest({'subspaces': [headers[n] for n in waiting]})}.safetensors"
+    fits, saved = SubspaceFits(experiment.prompt_space.initial_prompt, 1.0, []), time.monotonic()
 
-            def on_step(step: int, lm_loss: float, unexplained: float) -> None:
-                last.update(lm_loss=lm_loss, unexplained=unexplained)
-                advance(step + 1)
+    def save_unfinished() -> None:
+        nonlocal saved
+        saved = time.monotonic()
+        if rank() == 0 and fits.step:
+            write_file(checkpoint, experiment.header("checkpoint"), {"step": fits.step}, fits.state())
 
-            initial = experiment.prompt_space.initial_prompt
-            subspace = fit_subspace(experiment.model, experiment.read_prompts(collection), initial, rows, config, on_step=on_step)
-        experiment.store.save(
-            header,
-            {"unit": subspace.unit} | {name: value for name, value in last.items() if math.isfinite(value)},
-            subspace.weights,
-        )
-    return header
+    def on_step(now: SubspaceFits) -> None:
+        nonlocal fits
+        fits = now
+        advance(fits.step)
+        if time.monotonic() - saved > 60:
+            save_unfinished()
+
+    dims = " and ".join(str(configs[n].dim) for n in waiting)
+    with progress(f"subspace, dim {dims}", configs[0].warmup_steps + configs[0].steps) as advance:
+        try:
+            subspaces = fit_subspaces(
+                experiment.model, experiment.read_prompts(collection), experiment.prompt_space.initial_prompt,
+                collection_rows(experiment, collection), [configs[n] for n in waiting],
+                resume=read_unfinished_subspaces(checkpoint), on_step=on_step,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            save_unfinished()
+            raise
+    if rank() == 0:
+        for n, subspace, lm_loss, unexplained in zip(waiting, subspaces, fits.lm_losses, fits.unexplained, strict=True):
+            figures = {"unit": subspace.unit, "lm_loss": lm_loss, "unexplained": unexplained}
+            store.save(headers[n], {k: v for k, v in figures.items() if math.isfinite(v)}, subspace.weights)
+        checkpoint.unlink(missing_ok=True)
+    wait_for_ranks()
+    return headers
+
+
+def collection_rows(experiment: Experiment, collection: Iterable[Artifact]) -> list[list[Encoded]]:
+    """Return the training rows of collected prompts."""
+    return [experiment.encoded(experiment.sample(a.header["task"], COLLECTION_SEED).train) for a in collection]
+
+
+def read_unfinished_subspaces(checkpoint: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """Return step and state of subspaces that were being learned, if there are any."""
+    from safetensors.torch import load_file
+
+    return (read_metadata(checkpoint)[1]["step"], load_file(checkpoint)) if checkpoint.exists() else None
 
 
 def read_subspace(experiment: Experiment, artifact: Artifact) -> Subspace:
@@ -2667,26 +2926,26 @@ def _tuned(experiment: Experiment, subspace: Subspace, artifact: Artifact) -> Ca
     )
 
 
+def score_files(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Path]:
+    """Return where the scores of candidates are or would be."""
+    rows = {task: rows_digest(experiment.sample(task, COLLECTION_SEED).test) for task in {c.score.task for c in wanted}}
+    names = [
+        {"of": c.digest, "rows": rows[c.score.task], "decoding": experiment.decoding,
+         "metric": experiment.task(c.score.task).metric}
+        for c in wanted
+    ]  # fmt: skip
+    return [experiment.store.folder / "scores" / f"{digest(name)}.json" for name in names]
+
+
 def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Score]:
     """Return test scores; those that are not in the cache are computed, many prompts at a time."""
     tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
-    rows = {task: rows_digest(test) for task, test in tests.items()}
-    names = [
-        digest(
-            {
-                "of": c.digest,
-                "rows": rows[c.score.task],
-                "decoding": experiment.decoding,
-                "metric": experiment.task(c.score.task).metric,
-            }
-        )
-        for c in wanted
-    ]
-    files = [experiment.store.folder / "scores" / f"{name}.json" for name in names]
-    missing = [i for i, file in enumerate(files) if not file.exists()]
-    with progress("test scores", len(missing)) as advance:
-        for start in range(0, len(missing), 32):
-            some = missing[start : start + 32]
+    files = score_files(experiment, wanted)
+    missing = from_first_rank([i for i, file in enumerate(files) if not file.exists()])
+    own = [missing[n] for n in own_share([len(tests[wanted[i].score.task]) for i in missing])]
+    with progress("test scores", len(own)) as advance:
+        for start in range(0, len(own), 32):
+            some = own[start : start + 32]
             encoded = [experiment.encoded(tests[wanted[i].score.task]) for i in some]
             prompts = torch.stack([wanted[i].soft_prompt() for i in some])
             pairs = [(at, example) for at, examples in enumerate(encoded) for example in examples]
@@ -2696,6 +2955,7 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
                 value = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
                 write_bytes(files[i], json.dumps({"score": value, "n": len(examples), "task": wanted[i].score.task}).encode())
             advance(start + len(some))
+    wait_for_ranks()
     return [replace(c.score, value=json.loads(file.read_bytes())["score"]) for c, file in zip(wanted, files, strict=True)]
 
 
@@ -2778,6 +3038,7 @@ DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dime
 DataSeedOption = Annotated[int, typer.Option(help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
 SpaceOption = Annotated[str, typer.Option(help="Where to tune: prompt, subspace, linear or random.")]
 StartOption = Annotated[str, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -2797,27 +3058,29 @@ def chosen(experiment: Experiment, task: list[str] | None, seen: bool, unseen: b
 @options
 def collect(
     experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
-    data_seed: DataSeedOption = COLLECTION_SEED,
+    data_seed: DataSeedOption = COLLECTION_SEED, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune a soft prompt for each task.
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
     jobs = collect_jobs(experiment, tuning, chosen(experiment, task, seen, unseen), data_seed)
-    do_jobs(experiment, tuning, [("collect", experiment.prompt_space, jobs)])
+    do_jobs(experiment, tuning, [("collect", experiment.prompt_space, jobs)], dry_run)
 
 
 @app.command("fit-subspace")
 @options
-def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = None) -> None:
+def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = None, dry_run: DryRunOption = False) -> None:
     """Find the subspace of the seen tasks' soft prompts.
 
     Example: ipt fit-subspace --dim 250 --dim 10
     """
     check_dims(experiment, dim or [250])
     experiment.with_rows(experiment.places, COLLECTION_SEED)
-    for size in dim or [250]:
-        say(f"subspace: {experiment.store.path(fit(experiment, fitting.config(experiment, size)))}")
+    configs = [fitting.config(experiment, size) for size in dim or [250]]
+    plan_fit(experiment, configs)
+    for header in () if dry_run else fit(experiment, configs):
+        say(f"subspace: {experiment.store.path(header)}")
 
 
 @app.command("tune")
@@ -2825,7 +3088,7 @@ def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = Non
 def tune_(
     experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     dim: DimOption = None, data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace",
-    start: StartOption = "random",
+    start: StartOption = "random", dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune an intrinsic vector for each task.
 
@@ -2835,12 +3098,17 @@ def tune_(
     check_choice("start", start, "random", "seen")
     tasks = chosen(experiment, task, seen, unseen)
     if space == "prompt":
-        do_jobs(experiment, tuning, [("collect", experiment.prompt_space, collect_jobs(experiment, tuning, tasks, data_seed))])
+        jobs = collect_jobs(experiment, tuning, tasks, data_seed)
+        do_jobs(experiment, tuning, [("collect", experiment.prompt_space, jobs)], dry_run)
         return
     check_dims(experiment, dim or [250])
     spaces = [find_space(experiment, space, size) for size in dim or [250]]
-    jobs = [tune_jobs(experiment, tuning, tasks, data_seed=data_seed, subspace=found, start=start) for found in spaces]
-    do_jobs(experiment, tuning, [(f"tune {space} {found.size}", found, own) for found, own in zip(spaces, jobs, strict=True)])
+    batches: list[tuple[str, Space, list[Job]]] = [
+        (f"tune {space} {found.size}", found,
+         tune_jobs(experiment, tuning, tasks, data_seed=data_seed, subspace=found, start=start))
+        for found in spaces
+    ]  # fmt: skip
+    do_jobs(experiment, tuning, batches, dry_run)
 
 
 @app.command("eval")
@@ -2848,12 +3116,15 @@ def tune_(
 def eval_(
     experiment: Experiment,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
-    as_json: JsonOption = False,
-) -> None:
+    as_json: JsonOption = False, dry_run: DryRunOption = False,
+) -> None:  # fmt: skip
     """Score everything in the cache on the test rows, and print the paper's table.
 
     Example: ipt eval --per-task
     """
+    if dry_run:
+        plan_scores(experiment)
+        return
     report, scores = evaluate(experiment)
     print_report(report, scores if per_task else [], as_json)
     refuse_failures(experiment)
@@ -2864,7 +3135,11 @@ def eval_(
 def run(
     experiment: Experiment, tuning: Tuning, fitting: Fitting, dim: DimOption = None, as_json: JsonOption = False,
     data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
+    vector_learning_rate: Annotated[
+        list[float] | None, preset_help("vector_learning_rate", "Of intrinsic vectors; --learning-rate is of soft prompts.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Do all of it: collect, fit-subspace, tune, eval. What has been done is not done again.
 
@@ -2873,26 +3148,25 @@ def run(
     if quick:
         tuning, fitting = replace(tuning, steps=tuning.steps or 40), replace(fitting, subspace_steps=fitting.subspace_steps or 50)
         experiment.keep(experiment.named("seen")[::8] + experiment.named("unseen")[::5])
-    dims = dim or [250, 10]
+    dims, vector_tuning = dim or [250, 10], replace(tuning, learning_rate=vector_learning_rate)
     prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
     check_dims(experiment, dims)
     seen, unseen = experiment.named("seen"), experiment.named("unseen")
-    plan(experiment, tuning, prompts, dims=dims, starts=[1] * (len(dims) + 2))
-    if tuning.dry_run:
+    plan(experiment, tuning, prompts, dims=dims, vectors_per_task=len(dims) + 2)
+    if dry_run:
         return
     run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
     experiment.only.update(digest(job.header) for job in prompts)  # what other settings left in the cache changes nothing
-    for size in dims:
-        experiment.only.add(digest(fit(experiment, fitting.config(experiment, size))))
+    experiment.only.update(map(digest, fit(experiment, [fitting.config(experiment, size) for size in dims])))
     variants = [("subspace", size, "random") for size in dims] + [("subspace", dims[0], "seen"), ("random", dims[0], "random")]
     for space, size, start in variants:
         subspace = find_space(experiment, space, size)
         jobs = [
             job for tasks, rows in ((seen, data_seed), (unseen, COLLECTION_SEED))
-            for job in tune_jobs(experiment, tuning, tasks, data_seed=rows, subspace=subspace, start=start)
+            for job in tune_jobs(experiment, vector_tuning, tasks, data_seed=rows, subspace=subspace, start=start)
         ]  # fmt: skip
         experiment.only.update(digest(job.header) for job in jobs)
-        run_jobs(experiment, subspace, jobs, tuning, f"tune {space} {size}, {start} start")
+        run_jobs(experiment, subspace, jobs, vector_tuning, f"tune {space} {size}, {start} start")
     print_report(evaluate(experiment)[0], [], as_json)
     refuse_failures(experiment)
 
@@ -2957,11 +3231,11 @@ def verify_tasks(experiment: Experiment, names: Iterable[str]) -> None:
     echo(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("equal", "different", "could not be loaded")))
 
 
-def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str, Space, list[Job]]]) -> None:
+def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str, Space, list[Job]]], dry_run: bool) -> None:
     """Tune batches of jobs, or only tell the plan; say where the results are."""
     for label, space, jobs in batches:
         plan(experiment, tuning, jobs)
-        if not tuning.dry_run:
+        if not dry_run:
             run_jobs(experiment, space, jobs, tuning, label)
     say(f"results: {experiment.store.folder}")
     refuse_failures(experiment)
@@ -2974,23 +3248,28 @@ def refuse_failures(experiment: Experiment) -> None:
 
 
 def plan(
-    experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, dims: Sequence[int] = (), starts: Sequence[int] = ()
+    experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, dims: Sequence[int] = (), vectors_per_task: int = 0
 ) -> None:
     """Say what will be done, and how long it will take by a few measured steps.
 
-    `dims` and `starts` (vectors per task, one number for every later batch) tell of stages that depend on this one.
+    `dims` and `vectors_per_task` tell of stages that depend on this one.
     """
+    if rank():
+        return
     waiting, config = [job for job in jobs if not experiment.store.has(job.header)], tuning.config(experiment)
-    n_vectors = sum(starts) * len({job.header["task"] for job in jobs})
-    truncated = [e.truncated for job in waiting for part in job.rows() for e in part]
+    n_vectors = vectors_per_task * len({job.header["task"] for job in jobs})
     text = f"plan: {len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
-    text += f", {sum(truncated)} of {len(truncated)} rows truncated" if any(truncated) else ""
     text += f"; then subspaces of dim {' and '.join(map(str, dims))} and {n_vectors} intrinsic vectors" if dims else ""
-    steps = (len(waiting) + n_vectors) * config.steps
     if waiting:
-        seconds = seconds_per_step(experiment, waiting[: tuning.slots], config)
-        text += f"; at most {steps:,} steps of {config.batch_size} rows"
-        text += f", {seconds * steps / 60:.1f} minutes at the {1000 * seconds:.1f} ms per step just measured"
+        rows = [e for job in waiting for part in job.rows() for e in part]
+        truncated = sum(e.truncated for e in rows)
+        text += f", {truncated} of {len(rows)} rows truncated" if truncated else ""
+        steps = (len(waiting) + n_vectors) * config.steps
+        tokens = steps * config.batch_size * (experiment.preset("prompt_length") + _mean(map(len, rows)))
+        seconds = seconds_per_step(experiment, waiting[: tuning.slots or 16], config)
+        text += f"; at most {steps:,} steps of {config.batch_size} rows, {tokens / 1e6:,.1f} million tokens"
+        text += f", {seconds * steps / 60 / n_ranks():.1f} minutes at the {1000 * seconds:.1f} ms per step just measured"
+        text += f"; {4 * sum(job.start.numel() for job in waiting) / 1e6:.1f} MB of files"
     say(text)
 
 
@@ -3003,8 +3282,47 @@ def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneCo
     for _ in range(4):
         begin = time.perf_counter()
         _step(experiment.model, experiment.prompt_space, table, config)
+        float(table.state["last_loss"].sum())  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return min(seconds[1:]) / len(jobs)
+
+
+def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> None:
+    """Say what finding subspaces takes, by two measured steps of each kind (every rank takes part in them)."""
+    collection, config, times = experiment.collected(), configs[0], []
+    soft_prompts, rows = experiment.read_prompts(collection), collection_rows(experiment, collection)
+    few = [replace(c, warmup_steps=2, steps=2) for c in configs]
+    fit_subspaces(
+        experiment.model, soft_prompts, experiment.prompt_space.initial_prompt, rows, few,
+        on_step=lambda fits: times.append(time.perf_counter()),
+    )  # fmt: skip
+    warmup = config.warmup_steps if config.reconstruction_loss else 0
+    seconds = (times[2] - times[1]) * warmup + (times[-1] - times[-2]) * config.steps
+    n, rows_per_step = experiment.prompt_space.size, config.tasks_per_step * config.rows_per_task * config.lm_loss
+    size = sum(c.dim * (n + 1 + c.inner) + c.inner + n * (c.inner + 1) for c in configs)
+    say(
+        f"plan: subspaces of dim {' and '.join(str(c.dim) for c in configs)} from {len(collection)} prompts; {warmup} steps on "
+        f"the reconstruction, {config.steps} steps with {rows_per_step * len(configs)} rows each; {seconds / 60:.1f} minutes by "
+        f"steps just measured; {4 * size / 1e6:.1f} MB of files"
+    )
+
+
+def plan_scores(experiment: Experiment) -> None:
+    """Say what scoring the cache's prompts takes, by one measured prompt."""
+    experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
+    wanted = candidates(experiment)
+    files = score_files(experiment, wanted)
+    missing = [candidate for candidate, file in zip(wanted, files, strict=True) if not file.exists()]
+    text = f"plan: {len(missing)} prompts to score, {len(wanted) - len(missing)} scored before"
+    if missing:
+        rows = [experiment.encoded(experiment.sample(c.score.task, COLLECTION_SEED).test) for c in missing]
+        begin = time.perf_counter()
+        experiment.model.answer(missing[0].soft_prompt()[None], [(0, e) for e in rows[0]], decoding=experiment.decoding)
+        seconds, count = time.perf_counter() - begin, sum(map(len, rows))
+        tokens = count * experiment.preset("prompt_length") + sum(len(e) for own in rows for e in own)
+        text += f"; {count:,} rows, {tokens / 1e6:,.1f} million tokens"
+        text += f", {seconds / len(rows[0]) * count / 60 / n_ranks():.1f} minutes at the speed of the first"
+    say(text)
 
 
 def check_dims(experiment: Experiment, dims: Iterable[int]) -> None:
@@ -3023,19 +3341,21 @@ def check_choice(name: str, value: str, *known: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a message on stderr."""
-    stderr.print(text, markup=False, soft_wrap=True)
+    """Print a message on stderr, once for all ranks."""
+    if rank() == 0:
+        stderr.print(text, markup=False, soft_wrap=True)
 
 
 def echo(text: str = "") -> None:
-    """Print a line of results on stdout."""
-    sys.stdout.write(f"{text}\n")
+    """Print a line of results on stdout, once for all ranks."""
+    if rank() == 0:
+        sys.stdout.write(f"{text}\n")
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with what is left, or plain lines when stderr is no terminal; nothing when there is nothing to do."""
-    if not total:
+    if not total or rank():
         yield lambda done: None
         return
     if stderr.is_terminal:
@@ -3098,10 +3418,12 @@ def print_table(heads: str, rows: Sequence[Sequence[Any]]) -> None:
 
 def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: unfinished work is saved
     try:
-        app()
+        with joined_ranks():
+            app()
     except IptError as error:
-        say(f"error: {error}")
+        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 

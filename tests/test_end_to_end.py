@@ -536,7 +536,7 @@ def test_both_losses_off_is_refused(finished: tuple[Path, Cli]) -> None:
 
 def test_a_loss_that_is_not_finite_names_task_step_and_learning_rate(cli: Cli, cache_folder: Path) -> None:
     result = cli("collect", *SHORT, "--task", "count-next", "--learning-rate", "1e39")
-    assert_one_error(result, r"count-next .*learning rate 1e\+39", r"at step \d")
+    assert_one_error(result, r"count-next .*learning rate 1e\+39", r"by step \d")
     assert not list(cache_folder.rglob("*.safetensors"))
 
 

@@ -639,7 +639,7 @@ def test_a_subspace_is_the_paper_s_auto_encoder_of_the_standardised_differences(
     expected = initial.numpy() + 2.5 * y.reshape(11, 3, 16)
     np.testing.assert_allclose(space.back_project(vectors).numpy(), expected, atol=1e-4)
     unexplained = ((y - x) ** 2).sum() / (x**2).sum()
-    assert float(space.unexplained(prompts, vectors)) == pytest.approx(unexplained, rel=1e-5)
+    assert float(space.unexplained(prompts, space.back_project(vectors))) == pytest.approx(unexplained, rel=1e-5)
 
 
 def test_the_random_space_depends_on_its_seed_and_has_the_scale_of_an_untrained_layer(initial: Tensor) -> None:
@@ -924,7 +924,7 @@ def test_a_loss_that_is_not_finite_names_task_step_and_learning_rate(t5: Backbon
     good = make_job(t5, tasks["mood-good"], torch.zeros(space.size), rate=0.125)
     bad = make_job(t5, tasks["count-next"], torch.full((space.size,), math.nan), rate=0.25)
     with pytest.raises(
-        IptError, match=r"task count-next \(data seed 100, learning rate 0.25\) is nan at step 1: .*--learning-rate"
+        IptError, match=r"task count-next \(data seed 100, learning rate 0.25\) is nan by step 3: .*--learning-rate"
     ):
         list(ipt.tune(t5, space, [good, bad], CONFIG, slots=2))
 
@@ -963,26 +963,59 @@ def fit(backbone: Backbone, tasks: dict[str, Task], **changes: Any) -> tuple[ipt
     prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * backbone.embedding_rms
     rows, told = [rows_of(backbone, task) for task in tasks.values()], []
     config = dataclasses.replace(FIT, **changes)
-    space = ipt.fit_subspace(
-        backbone, prompts, initial, rows, config, on_step=lambda step, lm, unexplained: told.append((lm, unexplained))
+    (space,) = ipt.fit_subspaces(
+        backbone, prompts, initial, rows, [config], on_step=lambda fits: told.append((fits.lm_losses[0], fits.unexplained[0]))
     )
-    return space, told, prompts
+    return space, told[1:], prompts
+
+
+def unexplained(space: ipt.Subspace, prompts: Tensor) -> Tensor:
+    return space.unexplained(prompts, space.back_project(space.project(prompts)))
 
 
 def test_fitting_lowers_the_unexplained_variance_and_tells_both_losses(backbone: Backbone, tasks: dict[str, Task]) -> None:
     space, told, prompts = fit(backbone, tasks)
     assert len(told) == 100
     assert told[0][1] > 0.9
-    assert float(space.unexplained(prompts, space.project(prompts))) < 0.6
+    assert float(unexplained(space, prompts)) < 0.6
     assert [math.isnan(lm) for lm, _ in told] == [True] * 60 + [False] * 40
     assert all(not weight.requires_grad for weight in space.weights.values())
     assert all(weight.grad is None for weight in backbone.model.parameters())
 
 
+def test_subspaces_fitted_side_by_side_are_those_fitted_alone(t5: Backbone, tasks: dict[str, Task]) -> None:
+    initial = t5.initial_prompt(3, seed=0)
+    prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * t5.embedding_rms
+    rows = [rows_of(t5, task) for task in tasks.values()]
+    configs = [dataclasses.replace(FIT, dim=dim, steps=20) for dim in (6, 4)]
+    for config, together in zip(configs, ipt.fit_subspaces(t5, prompts, initial, rows, configs), strict=True):
+        (alone,) = ipt.fit_subspaces(t5, prompts, initial, rows, [config])
+        for name, weight in alone.weights.items():
+            torch.testing.assert_close(together.weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fit_that_was_stopped_goes_on_from_its_state_to_the_same_subspace(t5: Backbone, tasks: dict[str, Task]) -> None:
+    initial, stopped = t5.initial_prompt(3, seed=0), []
+    prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * t5.embedding_rms
+    rows, config = [rows_of(t5, task) for task in tasks.values()], dataclasses.replace(FIT, steps=20)
+
+    def stop(fits: ipt.SubspaceFits) -> None:
+        if fits.step == 70:
+            stopped.append({name: tensor.clone() for name, tensor in fits.state().items()})
+            raise KeyboardInterrupt
+
+    (whole,) = ipt.fit_subspaces(t5, prompts, initial, rows, [config])
+    with pytest.raises(KeyboardInterrupt):
+        ipt.fit_subspaces(t5, prompts, initial, rows, [config], on_step=stop)
+    (resumed,) = ipt.fit_subspaces(t5, prompts, initial, rows, [config], resume=(70, stopped[0]))
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=0)
+
+
 def test_the_lm_loss_can_be_switched_off(t5: Backbone, tasks: dict[str, Task]) -> None:
     space, told, prompts = fit(t5, tasks, lm_loss=False)
     assert all(math.isnan(lm) for lm, _ in told)
-    assert float(space.unexplained(prompts, space.project(prompts))) < 0.6
+    assert float(unexplained(space, prompts)) < 0.6
 
 
 def test_the_reconstruction_loss_can_be_switched_off(t5: Backbone, tasks: dict[str, Task]) -> None:
@@ -1004,7 +1037,7 @@ def test_alpha_weighs_the_reconstruction_error(t5: Backbone, tasks: dict[str, Ta
     errors = []
     for alpha in (0.01, 100.0):
         space, _, prompts = fit(t5, tasks, alpha=alpha, warmup_steps=0, steps=100)
-        errors.append(float(space.unexplained(prompts, space.project(prompts))))
+        errors.append(float(unexplained(space, prompts)))
     assert errors[1] < errors[0]
 
 
@@ -1028,7 +1061,7 @@ def test_a_step_s_gradient_is_that_of_mean_task_loss_plus_alpha_times_reconstruc
     space = ipt.random_subspace(initial, unit=unit, dim=6, inner=13, seed=FIT.seed)
     weights = [weight.requires_grad_() for weight in space.weights.values()]
     vectors = space.project(prompts)
-    loss = 4.0 * space.unexplained(prompts, vectors)
+    loss = 4.0 * space.unexplained(prompts, space.back_project(vectors))
     for prompt, task in zip(space.back_project(vectors), tasks.values(), strict=True):
         rows = rows_of(t5, task)
         states, mask = t5.encoder_states(prompt.expand(len(rows), -1, -1), [row.input_ids for row in rows])
