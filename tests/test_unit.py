@@ -588,6 +588,29 @@ def test_the_budget_halves_when_memory_runs_out_and_still_does_every_row_once() 
     assert sizes[:3] == [9, 4, 2]
 
 
+def test_the_budget_grows_while_memory_is_left_but_never_again_to_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipt, "memory_share", lambda: 0.1)
+    budget, sizes = ipt.Budget(20), []
+
+    def work(numbers: list[int]) -> None:
+        sizes.append(len(numbers))
+        if len(numbers) > 10:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    budget.run([10] * 100, work)
+    assert sizes[:5] == [2, 4, 8, 16, 8]
+    assert set(sizes[5:-1]) == {8}
+    assert (budget.tokens, budget.most) == (80, 160)
+
+
+def test_another_error_than_lack_of_memory_is_not_hidden() -> None:
+    def work(numbers: list[int]) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ipt.Budget(100).run([10] * 10, work)
+
+
 def test_a_row_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> None:
     def work(numbers: list[int]) -> None:
         raise torch.OutOfMemoryError
@@ -698,6 +721,32 @@ def make_jobs(backbone: Backbone, space: ipt.Space, tasks: dict[str, Task]) -> l
     starts = 0.3 * torch.randn(len(tasks), space.size, generator=torch.Generator().manual_seed(4))
     rates = (0.1, 0.01, 0.3, 0.03, 0.2, 0.05, 0.15)
     return [make_job(backbone, task, start, rate=r) for task, start, r in zip(tasks.values(), starts, rates, strict=True)]
+
+
+@pytest.mark.parametrize("at_once", [16, 31])
+def test_without_a_number_of_slots_jobs_fill_a_pass_and_at_least_16_are_tuned(
+    t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    space, config, counts = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int]()
+    lengths = [len(row) for row in rows_of(t5, tasks["mood-good"])]
+    tokens = 2 * sum(lengths) / len(lengths) * (at_once - 0.5 if at_once > 16 else 5)
+    jobs = (make_job(t5, tasks["mood-good"], torch.zeros(space.size), rate=n) for n in range(1, 40))
+    monkeypatch.setattr(ipt, "_validate", lambda backbone, space, table, *others: counts.append(len(table.jobs)))
+    list(ipt.tune(dataclasses.replace(t5, budget=ipt.Budget(round(tokens))), space, jobs, config))
+    assert counts[0] == at_once
+
+
+def test_a_queue_of_10_000_jobs_loads_no_rows_before_their_turn(t5: Backbone, tasks: dict[str, Task]) -> None:
+    space, config, loaded = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int]()
+    rows = rows_of(t5, tasks["mood-good"])
+
+    def job(n: int) -> Job:
+        template = make_job(t5, tasks["mood-good"], torch.zeros(space.size))
+        return dataclasses.replace(template, rows=lambda: (loaded.append(n), (rows, rows))[1])
+
+    first = next(ipt.tune(t5, space, map(job, range(10_000)), config, slots=16))
+    assert first.record["steps"] == 1
+    assert loaded == list(range(16))
 
 
 def tuned(results: Iterable[Tuned]) -> dict[str, Tuned]:
@@ -1344,6 +1393,15 @@ def test_a_split_names_its_seen_and_unseen_tasks(experiment: ipt.Experiment) -> 
     assert experiment.named("unseen") == ["even-or-good", "day-then-count"]
     with pytest.raises(IptError, match="'tinny'; did you mean 'tiny'"):
         _ = dataclasses.replace(experiment, split="tinny").places
+
+
+def test_what_fits_into_memory_is_remembered_for_the_next_command(experiment: ipt.Experiment) -> None:
+    before = dataclasses.replace(experiment.model.budget)
+    experiment.remember_budget(before)
+    assert not list(experiment.store.folder.glob("passes/*"))
+    experiment.model.budget.tokens, experiment.model.budget.most = 123, 456
+    experiment.remember_budget(before)
+    assert dataclasses.replace(experiment).model.budget == ipt.Budget(123, 456)
 
 
 def test_a_job_s_header_changes_with_all_that_its_result_depends_on(experiment: ipt.Experiment) -> None:

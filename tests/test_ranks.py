@@ -1,0 +1,78 @@
+"""Two processes under torchrun, over gloo: the same files as one process, and a rank that dies costs only its running jobs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import Result, files_in, run_ipt
+
+import ipt
+
+RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
+DIES = """
+import os, ipt
+validate = ipt._validate
+def dying(*arguments):
+    validate(*arguments)
+    if os.environ["RANK"] == "1" and arguments[2].state["step"].max() == 4:
+        os._exit(9)
+ipt._validate = dying
+ipt.main()
+"""
+
+
+def torchrun(program: list[str], arguments: list[object]) -> Result:
+    """Run a program in two ranks on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ipt.__file__).parent)}
+    done = subprocess.run(
+        [*launcher, *program, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def tensors_in(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: safetensors.torch.load(content) for name, content in files_in(folder).items() if name.endswith(".safetensors")}
+
+
+def test_two_ranks_leave_the_files_of_one_process(shared_options: list[object], tmp_path: Path) -> None:
+    alone = run_ipt(*RUN, *shared_options, "--cache", tmp_path / "one")
+    assert alone.code == 0, alone.err
+    both = torchrun(["-m", "ipt"], [*RUN, *shared_options, "--cache", tmp_path / "two"])
+    assert both.code == 0, both.err
+    assert files_in(tmp_path / "one").keys() == files_in(tmp_path / "two").keys()
+    for name, expected in tensors_in(tmp_path / "one").items():
+        for key, tensor in tensors_in(tmp_path / "two")[name].items():
+            torch.testing.assert_close(tensor, expected[key], rtol=2e-2, atol=2e-3)
+    assert len(both.out.splitlines()) == len(alone.out.splitlines()), "the table is printed once"
+
+
+def test_a_rank_that_dies_loses_only_its_running_jobs(shared_options: list[object], tmp_path: Path) -> None:
+    driver, collect = tmp_path / "driver.py", ["collect", *RUN[1:7], "--slots", 2, *shared_options, "--cache", tmp_path / "cache"]
+    driver.write_text(DIES, encoding="utf-8")
+    assert torchrun([str(driver)], collect).code != 0
+    before = {name: content for name, content in files_in(tmp_path / "cache").items() if "soft-prompts" in name}
+    again = torchrun(["-m", "ipt"], collect)
+    assert again.code == 0, again.err
+    after = files_in(tmp_path / "cache")
+    assert before.items() <= after.items(), "finished work is not done again"
+    assert len([name for name in after if "soft-prompts" in name]) == 7
+    assert not [name for name in after if "unfinished" in name]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shares_are_disjoint_whole_and_even(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    costs = [9.0, 1, 1, 1, 5, 4, 3, 3]
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(ipt.own_share(costs))
+    assert sorted(piece for share in shares for piece in share) == list(range(len(costs)))
+    assert max(sum(costs[piece] for piece in share) for share in shares) <= 27 / ranks + 1
