@@ -2414,8 +2414,8 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (120, 1000),
-    "batch_size": (4, 8), "learning_rate": (0.5, 0.1), "vector_learning_rate": (0.2, 0.1), "subspace_steps": (150, 2000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (200, 1000),
+    "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1), "subspace_steps": (150, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
