@@ -1449,18 +1449,23 @@ class Backbone:
         """Return minus the log-likelihood of each row's target, summed over its tokens: (batch,), float32."""
         targets, real = self._pad(target_ids, IGNORE)  # (batch, target_length)
         decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels=targets)
-        # The vocabulary is the widest layer by far: hidden states of padding never reach it.
-        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0][real],))
-        try:
+        with self._head_on(real):
             logits = self.model(
                 encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
             ).logits  # (target tokens, vocabulary)
-        finally:
-            head.remove()
         losses = torch.nn.functional.cross_entropy(logits.float(), targets[real], reduction="none")
         return losses.new_zeros(len(targets)).index_add(0, real.nonzero()[:, 0], losses)
 
-    def _pad(self, rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    @contextlib.contextmanager
+    def _head_on(self, real: Tensor) -> Iterator[None]:
+        """Let only these positions, a mask (batch, length), reach the vocabulary, the widest layer by far."""
+        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0][real],))
+        try:
+            yield
+        finally:
+            head.remove()
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
         """Pad on the right; return ids and which of them are real."""
         width = max(map(len, rows))
         if self.device.type == "cuda":
@@ -1484,57 +1489,109 @@ class Backbone:
         def work(numbers: list[int]) -> None:
             chunk = [rows[n][1] for n in numbers]
             prompts = soft_prompts[torch.tensor([rows[n][0] for n in numbers], device=soft_prompts.device)]
-            states, mask = self.encoder_states(prompts, [e.input_ids for e in chunk])
-            losses = self.answer_losses(states, mask, [e.target_ids for e in chunk]).tolist()
-            choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
-            writing = [i for i in range(len(chunk)) if i not in set(choosing)]
-            texts = self._choose(states, mask, chunk, choosing) | self._generate(states, mask, chunk, writing)
+            begun = self._begin(*self.encoder_states(prompts, [e.input_ids for e in chunk]))
+            choosing = {i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"}
+            wanted = [(i, e.target_ids) for i, e in enumerate(chunk)]
+            wanted += [(i, option) for i in sorted(choosing) for option in chunk[i].option_ids]
+            # An option that is the right answer, as one is, need not be scored twice.
+            places = {(i, tuple(text)): None for i, text in wanted}
+            losses = dict(zip(places, self._text_losses(begun, list(places)), strict=True))
+            texts = self._generate(begun, chunk, [i for i in range(len(chunk)) if i not in choosing])
+            for i in choosing:
+                options = [losses[i, tuple(option)] for option in chunk[i].option_ids]
+                texts[i] = chunk[i].example.options[options.index(min(options))]
             for i, n in enumerate(numbers):
-                answers[n] = Answer(texts[i], losses[i] / len(chunk[i].target_ids))
+                target = chunk[i].target_ids
+                answers[n] = Answer(texts[i], losses[i, tuple(target)] / len(target))
 
         with torch.inference_mode():
             # Inference keeps no activations, so four times as much fits.
             Budget(4 * self.budget.tokens).run([soft_prompts.shape[1] + len(e) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
 
-    def _choose(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
-        """Return the most likely option's text of some rows, the encoder's states being reused over the options."""
-        pairs = [(i, option) for i in which for option in range(len(chunk[i].option_ids))]
-        losses: dict[int, list[float]] = defaultdict(list)
-        for start in range(0, len(pairs), 2048):
-            piece = pairs[start : start + 2048]
-            at = torch.tensor([i for i, _ in piece], device=states.device)
-            sums = self.answer_losses(states[at], mask[at], [chunk[i].option_ids[option] for i, option in piece])
-            for (i, _), loss in zip(piece, sums.tolist(), strict=True):
-                losses[i].append(loss)
-        return {i: chunk[i].example.options[own.index(min(own))] for i, own in losses.items()}
+    def _begin(self, states: Tensor, mask: Tensor) -> Begun:
+        """Run the decoder on its start token: all texts behind a row go on from there."""
+        start = torch.full((len(states), 1), self.model.config.decoder_start_token_id, device=states.device)
+        out = self.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start, use_cache=True)
+        return Begun(states, mask, out.logits[:, -1].float(), out.past_key_values)
 
-    def _generate(self, states: Tensor, mask: Tensor, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
+    def _text_losses(self, begun: Begun, texts: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
+        """Return minus the log-likelihood of texts, each given as its row and its tokens, summed over these."""
+        losses: list[float] = []
+        for start in range(0, len(texts), 2048):
+            piece = texts[start : start + 2048]
+            at = torch.tensor([i for i, _ in piece], device=begun.states.device)
+            tokens, real = self._pad([text for _, text in piece], 0)
+            sums = torch.nn.functional.cross_entropy(begun.logits[at], tokens[:, 0], reduction="none")
+            if real[:, 1:].any():
+                sums = sums + self._following_losses(begun, at, tokens, real)
+            losses += sums.tolist()
+        return losses
+
+    def _following_losses(self, begun: Begun, at: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+        """Return the losses of all tokens but the first, `tokens` and `real` being (texts, length)."""
+        with self._head_on(real[:, 1:]):
+            logits = self.model(
+                encoder_outputs=(begun.states[at],),
+                attention_mask=begun.mask[at],
+                decoder_input_ids=tokens[:, :-1],
+                past_key_values=begun.cache_of(at),
+                use_cache=True,
+            ).logits  # (real tokens, vocabulary)
+        losses = torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][real[:, 1:]], reduction="none")
+        return losses.new_zeros(len(at)).index_add(0, real[:, 1:].nonzero()[:, 0], losses)
+
+    def _generate(self, begun: Begun, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
         """Return greedily generated text of some rows."""
         if not which:
             return {}
-        at = torch.tensor(which, device=states.device)
-        states, mask = states[at], mask[at]
-        stop, past = self.model.config.eos_token_id, None
-        tokens = torch.full((len(which), 1), self.model.config.decoder_start_token_id, device=states.device)
-        ended = torch.zeros(len(which), dtype=torch.bool, device=states.device)
+        at = torch.tensor(which, device=begun.states.device)
+        stop, logits, past = self.model.config.eos_token_id, begun.logits[at], begun.cache_of(at)
+        ended = torch.zeros(len(which), dtype=torch.bool, device=at.device)
+        tokens: list[Tensor] = []
         # Not `generate`, which would follow whatever the backbone was saved with: beams, forced tokens, penalties.
-        for _ in range(max(chunk[i].answer_limit for i in which)):
+        for left in reversed(range(max(chunk[i].answer_limit for i in which))):
+            following = logits.argmax(-1)
+            tokens.append(following.masked_fill(ended, self.tokenizer.pad_token_id))
+            ended |= following == stop
+            if not left or ended.all():
+                break
             out = self.model(
-                encoder_outputs=(states,),
-                attention_mask=mask,
-                decoder_input_ids=tokens[:, -1:],
+                encoder_outputs=(begun.states[at],),
+                attention_mask=begun.mask[at],
+                decoder_input_ids=following[:, None],
                 past_key_values=past,
                 use_cache=True,
             )
-            past, following = out.past_key_values, out.logits[:, -1].argmax(-1)
-            tokens = torch.cat([tokens, following.masked_fill(ended, self.tokenizer.pad_token_id)[:, None]], dim=1)
-            ended |= following == stop
-            if ended.all():
-                break
-        # A row's own limit holds, so that no answer depends on the rows beside it; the decoder's start comes first.
-        own = [row[: 1 + chunk[i].answer_limit] for i, row in zip(which, tokens.tolist(), strict=True)]
+            logits = out.logits[:, -1]
+        # A row's own limit holds, so that no answer depends on the rows beside it.
+        written = torch.stack(tokens, dim=1).tolist()
+        own = [row[: chunk[i].answer_limit] for i, row in zip(which, written, strict=True)]
         return dict(zip(which, self.tokenizer.batch_decode(own, skip_special_tokens=True), strict=True))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows whose encoder and first decoder step are done."""
+
+    states: Tensor
+    """(rows, prompt_length + input_length, hidden)."""
+    mask: Tensor
+    """(rows, prompt_length + input_length)."""
+    logits: Tensor
+    """(rows, vocabulary), of the first token."""
+    cache: Any
+    """Keys and values of the encoder's states, the costly part, and of the start token."""
+
+    def cache_of(self, at: Tensor) -> Any:
+        """Return a cache of rows, some perhaps several times; this one stays as it is."""
+        parts = []
+        for part in (self.cache.self_attention_cache, self.cache.cross_attention_cache):
+            chosen = transformers.DynamicCache()
+            for number, layer in enumerate(part.layers):
+                chosen.update(layer.keys[at], layer.values[at], number)
+            parts.append(chosen)
+        return transformers.EncoderDecoderCache(*parts)
 
 
 @dataclass(frozen=True)
