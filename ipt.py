@@ -38,7 +38,9 @@ import platform
 import random
 import re
 import signal
+import socket
 import string
+import subprocess
 import sys
 import time
 import zlib
@@ -2502,6 +2504,9 @@ class Experiment:
     decoding: Annotated[str, typer.Option(help="options: the most likely option; generate: as CrossFit.")] = "options"
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Share the work.  [default: one per core, at most 4, on the testbed; else 1]")
+    ] = None
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone: pays in runs of an hour or more.")] = False
     seed: Annotated[int, typer.Option(help="Of the initial prompt that all tasks share.")] = 0
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Do without seen tasks that have no soft prompt.")] = False
@@ -2515,6 +2520,15 @@ class Experiment:
         """Return a setting, or its default for the backbone."""
         value = getattr(self, name, None)
         return PRESETS[name][self.backbone != TESTBED or bool(self.data)] if value is None else value
+
+    @property
+    def n_processes(self) -> int:
+        """Return how many processes share the work.
+
+        On the testbed's small matrices two threads are hardly faster than one, but two processes are nearly twice as fast.
+        """
+        small = self.backbone == TESTBED and self.device in ("auto", "cpu")
+        return self.processes or (min(4, os.cpu_count() or 1) if small else 1)
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -3064,6 +3078,51 @@ app = typer.Typer(
 stderr = Console(stderr=True, highlight=False)
 
 
+SHARED: set[Callable[..., None]] = set()
+"""Commands whose work several processes can share."""
+
+
+def shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Let several processes share a command's work."""
+    SHARED.add(command)
+    return command
+
+
+def run_in_processes(count: int) -> int:
+    """Run this very command in several processes on this machine; return 0, or the exit code of the first that failed.
+
+    A person's mistake is met by all of them; the first process alone tells it, unless only another one failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:]], stderr=subprocess.PIPE if number else None,
+            env=os.environ | meeting | threads | {"RANK": str(number), "LOCAL_RANK": str(number)},
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    try:
+        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+            time.sleep(0.05)
+        if any(process.poll() for process in ranks):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
+        failed = next((process for process in [ranks[0], *ranks] if process.poll()), None)
+        if failed and failed is not ranks[0]:
+            ranks[0].terminate()
+            sys.stderr.write((failed.communicate()[1] or b"").decode())
+        return failed.returncode if failed else 0
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.terminate()  # which saves unfinished work
+        for process in ranks:
+            process.communicate()
+
+
 def options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for every field of its dataclass parameters."""
     hints, parameters = get_type_hints(command, include_extras=True), []
@@ -3080,7 +3139,10 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     def expanded(**values: Any) -> None:
         for name, (kind, own) in groups.items():
             values[name] = kind(**{field: values.pop(field) for field in own})
-        command(**values)
+        if command in SHARED and n_ranks() == 1 and values["experiment"].n_processes > 1:
+            raise SystemExit(run_in_processes(values["experiment"].n_processes))
+        with joined_ranks():
+            command(**values)
 
     keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     expanded.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
@@ -3113,6 +3175,7 @@ def chosen(experiment: Experiment, task: list[str] | None, seen: bool, unseen: b
 
 @app.command()
 @options
+@shared
 def collect(
     experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, dry_run: DryRunOption = False,
@@ -3127,6 +3190,7 @@ def collect(
 
 @app.command("fit-subspace")
 @options
+@shared
 def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = None, dry_run: DryRunOption = False) -> None:
     """Find the subspace of the seen tasks' soft prompts.
 
@@ -3142,6 +3206,7 @@ def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = Non
 
 @app.command("tune")
 @options
+@shared
 def tune_(
     experiment: Experiment, tuning: Tuning, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     dim: DimOption = None, data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace",
@@ -3170,6 +3235,7 @@ def tune_(
 
 @app.command("eval")
 @options
+@shared
 def eval_(
     experiment: Experiment,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
@@ -3189,6 +3255,7 @@ def eval_(
 
 @app.command()
 @options
+@shared
 def run(
     experiment: Experiment, tuning: Tuning, fitting: Fitting, dim: DimOption = None, as_json: JsonOption = False,
     data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
@@ -3477,8 +3544,7 @@ def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: unfinished work is saved
     try:
-        with joined_ranks():
-            app()
+        app()
     except IptError as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
