@@ -1232,6 +1232,10 @@ def missing_from_gym(tasks: Mapping[str, Task], wanted: Iterable[str], seeds: It
 # Under torchrun every process is a rank with a device of its own, and all share one cache. Alone, a process is rank 0 of 1.
 
 
+LEFT_ALONE = 75
+"""Exit code of a rank that waits for one that has gone."""
+
+
 def rank() -> int:
     """Return this process's number."""
     return int(os.environ.get("RANK", "0"))
@@ -1257,25 +1261,37 @@ def joined_ranks() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Leave without a word when a rank to meet has gone: it has told why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SystemExit(LEFT_ALONE) from error
+
+
 def from_first_rank(value: Any) -> Any:
     """Return rank 0's value on every rank: what is decided by a look into the cache, in which others write meanwhile."""
     if n_ranks() == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box)
+    with _meeting():
+        torch.distributed.broadcast_object_list(box)
     return box[0]
 
 
 def wait_for_ranks() -> None:
     """Return when all ranks have come here, so that the files of all are there."""
     if n_ranks() > 1:
-        torch.distributed.barrier()
+        with _meeting():
+            torch.distributed.barrier()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add up a tensor over the ranks, in place."""
     if n_ranks() > 1:
-        torch.distributed.all_reduce(tensor)
+        with _meeting():
+            torch.distributed.all_reduce(tensor)
     return tensor
 
 
@@ -2053,7 +2069,7 @@ class SubspaceConfig:
     """Width of the layer behind the intrinsic vector (the paper's d')."""
     steps: int = 1000
     """Updates on both losses."""
-    warmup_steps: int = 1000
+    warmup_steps: int = 600
     """Updates before those, on the reconstruction error alone; they do not touch the backbone."""
     learning_rate: float = 1e-3
     """Of AdamW, warmed up and decayed linearly."""
@@ -2473,8 +2489,8 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (200, 1000),
-    "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1), "subspace_steps": (150, 2000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (180, 1000), "evaluations": (3, 5),
+    "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1), "subspace_steps": (120, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
@@ -2691,7 +2707,7 @@ class Tuning:
         typer.Option(help="In units of the embeddings, or of intrinsic vectors; repeat it: validation chooses.  [default: "
                      f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}]"),
     ] = None  # fmt: skip
-    evaluations: Annotated[int, typer.Option(min=1, help="Validations in a run.")] = TuneConfig.evaluations
+    evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
     patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
     slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: what fills a pass, at least 16]")] = (
         None
@@ -2707,7 +2723,7 @@ class Tuning:
         """Return the engine's configuration."""
         return TuneConfig(
             steps=self.steps or experiment.preset("steps"), batch_size=self.batch_size or experiment.preset("batch_size"),
-            evaluations=self.evaluations, patience=self.patience,
+            evaluations=self.evaluations or experiment.preset("evaluations"), patience=self.patience,
         )  # fmt: skip
 
 
@@ -3110,11 +3126,10 @@ def run_in_processes(count: int) -> int:
         if any(process.poll() for process in ranks):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
-        failed = next((process for process in [ranks[0], *ranks] if process.poll()), None)
-        if failed and failed is not ranks[0]:
-            ranks[0].terminate()
-            sys.stderr.write((failed.communicate()[1] or b"").decode())
-        return failed.returncode if failed else 0
+        failed = [process for process in ranks if process.poll() not in (None, 0, LEFT_ALONE)]
+        if failed and failed[0] is not ranks[0]:
+            sys.stderr.write((failed[0].communicate()[1] or b"").decode())
+        return failed[0].returncode if failed else 0
     finally:
         for process in ranks:
             if process.poll() is None:

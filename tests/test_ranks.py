@@ -66,6 +66,37 @@ def test_a_rank_that_dies_loses_only_its_running_jobs(shared_options: list[objec
     assert not [name for name in after if "unfinished" in name]
 
 
+def in_processes(*arguments: object) -> Result:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ipt.__file__, *map(str, arguments), "--processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_processes_share_a_command_without_torchrun(shared_options: list[object], tmp_path: Path) -> None:
+    done = in_processes("collect", *RUN[1:7], *shared_options, "--cache", tmp_path)
+    assert done.code == 0, done.err
+    assert len(list(tmp_path.glob("*/soft-prompts/*"))) == 7
+
+
+def test_a_mistake_is_told_once_for_all_processes(shared_options: list[object], tmp_path: Path) -> None:
+    done = in_processes("collect", "--task", "mood-god", *shared_options, "--cache", tmp_path)
+    assert done.code == 1
+    assert [line for line in done.err.splitlines() if line] == [
+        "error: there is no task 'mood-god'; did you mean 'mood-good'?; 'ipt tasks' lists them"
+    ]
+
+
+def test_a_mistake_that_one_process_alone_meets_is_told_too(shared_options: list[object], tmp_path: Path) -> None:
+    """One job diverges, and each process has its share of the jobs."""
+    tasks = ("--task", "mood-good", "--task", "count-next")
+    options = ("--learning-rate", 0.1, "--learning-rate", 1e39)
+    done = in_processes("collect", *RUN[1:7], *tasks, *options, *shared_options, "--cache", tmp_path)
+    assert done.code == 1
+    assert "learning rate 1e+39) is nan by step" in done.err
+    assert "Traceback" not in done.err
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shares_are_disjoint_whole_and_even(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     costs = [9.0, 1, 1, 1, 5, 4, 3, 3]
