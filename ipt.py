@@ -2085,6 +2085,11 @@ class SubspaceConfig:
     reconstruction_loss: bool = True
     seed: int = 0
 
+    @property
+    def steps_before(self) -> int:
+        """Return the updates on the reconstruction error alone."""
+        return self.warmup_steps if self.reconstruction_loss else 0
+
     def __post_init__(self) -> None:
         """Refuse what cannot learn anything."""
         if not (self.lm_loss or self.reconstruction_loss):
@@ -2182,8 +2187,7 @@ def fit_subspaces(
     if resume:
         fits.restore(*resume)
     config, tasks = configs[0], range(len(soft_prompts))
-    warmup = config.warmup_steps if config.reconstruction_loss else 0
-    total = warmup + config.steps
+    warmup, total = config.steps_before, config.steps_before + config.steps
     on_step(fits)
     while fits.step < total:
         # All randomness follows from seed and step, so that a checkpoint need not hold it.
@@ -2489,8 +2493,9 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (180, 1000), "evaluations": (3, 5),
-    "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1), "subspace_steps": (120, 2000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (180, 1000),
+    "evaluations": (3, 5), "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1),
+    "subspace_steps": (120, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
@@ -2883,7 +2888,7 @@ def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[
             save_unfinished()
 
     dims = " and ".join(str(configs[n].dim) for n in waiting)
-    with progress(f"subspace, dim {dims}", configs[0].warmup_steps + configs[0].steps) as advance:
+    with progress(f"subspace, dim {dims}", configs[0].steps_before + configs[0].steps) as advance:
         try:
             subspaces = fit_subspaces(
                 experiment.model, experiment.read_prompts(collection), experiment.prompt_space.initial_prompt,
@@ -3405,7 +3410,7 @@ def plan(
         text += f", {truncated} of {len(rows)} rows truncated" if truncated else ""
         steps = (len(waiting) + n_vectors) * config.steps
         tokens = steps * config.batch_size * (experiment.preset("prompt_length") + _mean(map(len, rows)))
-        seconds = seconds_per_step(experiment, waiting[: tuning.slots or 16], config)
+        seconds = seconds_per_step(experiment, waiting[:: max(1, len(waiting) // (tuning.slots or 16))], config)
         text += f"; at most {steps:,} steps of {config.batch_size} rows, {tokens / 1e6:,.1f} million tokens"
         text += f", {seconds * steps / 60 / n_ranks():.1f} minutes at the {1000 * seconds:.1f} ms per step just measured"
         text += f"; {4 * sum(job.start.numel() for job in waiting) / 1e6:.1f} MB of files"
@@ -3413,7 +3418,7 @@ def plan(
 
 
 def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneConfig) -> float:
-    """Measure one job's share of a step of prompt tuning: the fastest of three, after one to warm up."""
+    """Measure one job's share of a step of prompt tuning, and of its validations; the fastest of three after one to warm up."""
     table = JobTable(experiment.prompt_space.size, experiment.model.device)
     for job in jobs:
         table.add(replace(job, start=torch.zeros(experiment.prompt_space.size)))
@@ -3423,7 +3428,9 @@ def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneCo
         _step(experiment.model, experiment.prompt_space, table, config)
         float(table.state["last_loss"].sum())  # waits for the device
         seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:]) / len(jobs)
+    begin = time.perf_counter()
+    _validate(experiment.model, experiment.prompt_space, table, range(len(jobs)), experiment.decoding)
+    return (min(seconds[1:]) + (time.perf_counter() - begin) * config.evaluations / config.steps) / len(jobs)
 
 
 def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> None:
@@ -3435,14 +3442,13 @@ def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> None:
         experiment.model, soft_prompts, experiment.prompt_space.initial_prompt, rows, few,
         on_step=lambda fits: times.append(time.perf_counter()),
     )  # fmt: skip
-    warmup = config.warmup_steps if config.reconstruction_loss else 0
-    seconds = (times[2] - times[1]) * warmup + (times[-1] - times[-2]) * config.steps
+    seconds = (times[2] - times[1]) * config.steps_before + (times[-1] - times[-2]) * config.steps
     n, rows_per_step = experiment.prompt_space.size, config.tasks_per_step * config.rows_per_task * config.lm_loss
     size = sum(c.dim * (n + 1 + c.inner) + c.inner + n * (c.inner + 1) for c in configs)
     say(
-        f"plan: subspaces of dim {' and '.join(str(c.dim) for c in configs)} from {len(collection)} prompts; {warmup} steps on "
-        f"the reconstruction, {config.steps} steps with {rows_per_step * len(configs)} rows each; {seconds / 60:.1f} minutes by "
-        f"steps just measured; {4 * size / 1e6:.1f} MB of files"
+        f"plan: subspaces of dim {' and '.join(str(c.dim) for c in configs)} from {len(collection)} prompts; "
+        f"{config.steps_before} steps on the reconstruction, {config.steps} steps with {rows_per_step * len(configs)} rows each; "
+        f"{seconds / 60:.1f} minutes by steps just measured; {4 * size / 1e6:.1f} MB of files"
     )
 
 
