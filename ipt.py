@@ -3270,6 +3270,8 @@ def eval_(
         return
     report, scores = evaluate(experiment)
     print_report(report, scores if per_task else [], as_json)
+    if not as_json:
+        print_without_pretrained(experiment, scores)
     refuse_failures(experiment)
 
 
@@ -3311,7 +3313,10 @@ def run(
         ]  # fmt: skip
         experiment.only.update(digest(job.header) for job in jobs)
         run_jobs(experiment, subspace, jobs, vector_tuning, f"tune {space} {size}, {start} start")
-    print_report(evaluate(experiment)[0], [], as_json)
+    report, scores = evaluate(experiment)
+    print_report(report, [], as_json)
+    if not as_json:
+        print_without_pretrained(experiment, scores)
     refuse_failures(experiment)
 
 
@@ -3539,15 +3544,30 @@ def print_report(report: dict[str, Any], scores: Sequence[Score], as_json: bool)
         [f"{place} tasks", row["n_tasks"], row["mean_score"], row["no_prompt"], row["majority_answer"]]
         for place, row in report["prompt_tuning"].items()
     ])  # fmt: skip
-    columns = ("quantity", "dim", "space", "start", "data_seed", "n_tasks", "n_excluded", "e_rel", "e_rel_low", "e_rel_high",
-               "mean_score", "mean_prompt_tuning", "ratio_of_means")  # fmt: skip
-    heads = "quantity|dim|space|start|data seed|n|excluded|E_rel|95 % low|high|mean score|prompt tuning|ratio of means"
-    if report["rows"]:
-        print_table(heads, [[row[column] for column in columns] for row in report["rows"]])
+    print_rows(report["rows"])
     if scores:
         ordered = sorted(scores, key=lambda s: (s.task, s.quantity, s.space, s.dim or 0, s.start or ""))
         rows = [[s.task, s.quantity, s.dim, s.space, s.start, s.data_seed, s.value] for s in ordered]
         print_table("task|quantity|dim|space|start|data seed|score", rows)
+
+
+def print_without_pretrained(experiment: Experiment, scores: Sequence[Score]) -> None:
+    """Print the rows of the seen tasks once more, without those whose very question the backbone was trained on."""
+    pretrained = {task for task in experiment.places if experiment.task(task).pretrained}
+    tuned = {s.task: s.value for s in scores if s.quantity == "prompt tuning"}
+    own = [s for s in scores if s.subspace and s.task not in pretrained and experiment.places[s.task] == "seen"]
+    if own and pretrained & tuned.keys():
+        echo(f"seen tasks without the {len(pretrained & tuned.keys())} whose very question the backbone was trained on\n")
+        print_rows(result_rows(own, tuned))
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows of the paper's table."""
+    columns = ("quantity", "dim", "space", "start", "data_seed", "n_tasks", "n_excluded", "e_rel", "e_rel_low", "e_rel_high",
+               "mean_score", "mean_prompt_tuning", "ratio_of_means")  # fmt: skip
+    heads = "quantity|dim|space|start|data seed|n|excluded|E_rel|95 % low|high|mean score|prompt tuning|ratio of means"
+    if rows:
+        print_table(heads, [[row[column] for column in columns] for row in rows])
 
 
 def print_table(heads: str, rows: Sequence[Sequence[Any]]) -> None:

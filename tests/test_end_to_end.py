@@ -168,6 +168,16 @@ def test_the_table_for_people_shows_the_figures_of_the_json(finished: tuple[Path
         assert re.search(rf"^{task} +prompt tuning ", text, re.MULTILINE)
 
 
+def test_the_seen_tasks_are_also_told_without_those_the_backbone_was_trained_on(finished: tuple[Path, Cli]) -> None:
+    """One of the five seen tasks is marked so."""
+    text = assert_done(finished[1]("eval")).out
+    _, mark, rest = text.partition("seen tasks without the 1 whose very question the backbone was trained on")
+    lines = [line.split() for line in rest.splitlines() if line.startswith("T_")]
+    assert mark and lines
+    assert {line[0].partition("(")[0] for line in lines} == {"T_train", "T_train_diff"}
+    assert {int(line[5]) + int(line[6]) for line in lines} == {4}
+
+
 def test_doing_it_all_again_does_nothing(finished: tuple[Path, Cli]) -> None:
     cache, cli = finished
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
