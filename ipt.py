@@ -1471,8 +1471,7 @@ class Backbone:
             logits = self.model(
                 encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
             ).logits  # (target tokens, vocabulary)
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets[real], reduction="none")
-        return losses.new_zeros(len(targets)).index_add(0, real.nonzero()[:, 0], losses)
+        return _losses_by_row(logits, targets, real)
 
     @contextlib.contextmanager
     def _head_on(self, real: Tensor) -> Iterator[None]:
@@ -1556,8 +1555,7 @@ class Backbone:
                 past_key_values=begun.cache_of(at),
                 use_cache=True,
             ).logits  # (real tokens, vocabulary)
-        losses = torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:][real[:, 1:]], reduction="none")
-        return losses.new_zeros(len(at)).index_add(0, real[:, 1:].nonzero()[:, 0], losses)
+        return _losses_by_row(logits, tokens[:, 1:], real[:, 1:])
 
     def _generate(self, begun: Begun, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
         """Return greedily generated text of some rows."""
@@ -1586,6 +1584,12 @@ class Backbone:
         written = torch.stack(tokens, dim=1).tolist()
         own = [row[: chunk[i].answer_limit] for i, row in zip(which, written, strict=True)]
         return dict(zip(which, self.tokenizer.batch_decode(own, skip_special_tokens=True), strict=True))
+
+
+def _losses_by_row(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+    """Sum the losses of the real tokens, for which logits (real tokens, vocabulary) are given, by row: (batch,), float32."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), tokens[real], reduction="none")
+    return losses.new_zeros(len(tokens)).index_add(0, real.nonzero()[:, 0], losses)
 
 
 @dataclass(frozen=True)
@@ -2191,10 +2195,8 @@ def fit_subspaces(
     on_step(fits)
     while fits.step < total:
         # All randomness follows from seed and step, so that a checkpoint need not hold it.
-        rng, generator = (
-            random.Random(f"{config.seed} {fits.step}"),
-            torch.Generator().manual_seed(config.seed + 7919 * fits.step),
-        )
+        rng = random.Random(f"{config.seed} {fits.step}")
+        generator = torch.Generator().manual_seed(config.seed + 7919 * fits.step)
         drawn = list(tasks) if fits.step < warmup else rng.sample(tasks, min(config.tasks_per_step, len(tasks)))
         wanted, noise = soft_prompts[drawn], generator.get_state()
         reconstructed = [_reconstruct(s, wanted, config.noise, generator.set_state(noise)) for s in fits.subspaces]
@@ -2528,7 +2530,7 @@ class Experiment:
     processes: Annotated[
         int | None, typer.Option(min=1, help="Share the work.  [default: one per core, at most 4, on the testbed; else 1]")
     ] = None
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone: pays in runs of an hour or more.")] = False
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone, which takes minutes.")] = False
     seed: Annotated[int, typer.Option(help="Of the initial prompt that all tasks share.")] = 0
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Do without seen tasks that have no soft prompt.")] = False
 
@@ -2714,9 +2716,7 @@ class Tuning:
     ] = None  # fmt: skip
     evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
     patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
-    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: what fills a pass, at least 16]")] = (
-        None
-    )
+    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: a pass full, at least 16]")] = None
 
     def __post_init__(self) -> None:
         """Check what Typer cannot."""
@@ -2866,9 +2866,7 @@ class Fitting:
 def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[str, Any]]:
     """Find the subspaces of the seen tasks' prompts that the cache does not hold yet; return the headers of all."""
     collection, store = experiment.collected(), experiment.store
-    prompts = [a.digest for a in collection]
-    headers = [experiment.header("subspace", dim=c.dim, prompts=prompts, config=asdict(c)) for c in configs]
-    waiting = from_first_rank([n for n, header in enumerate(headers) if not store.has(header)])
+    headers, waiting = subspace_headers(experiment, collection, configs)
     if not waiting:
         return headers
     checkpoint = store.folder / "unfinished-subspaces" / f"{digest({'subspaces': [headers[n] for n in waiting]})}.safetensors"
@@ -2905,6 +2903,15 @@ def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[
         checkpoint.unlink(missing_ok=True)
     wait_for_ranks()
     return headers
+
+
+def subspace_headers(
+    experiment: Experiment, collection: Iterable[Artifact], configs: Sequence[SubspaceConfig]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the headers of subspaces of a collection, and which of them the cache does not hold yet."""
+    prompts = [a.digest for a in collection]
+    headers = [experiment.header("subspace", dim=c.dim, prompts=prompts, config=asdict(c)) for c in configs]
+    return headers, from_first_rank([n for n, header in enumerate(headers) if not experiment.store.has(header)])
 
 
 def collection_rows(experiment: Experiment, collection: Iterable[Artifact]) -> list[list[Encoded]]:
@@ -3268,11 +3275,7 @@ def eval_(
     if dry_run:
         plan_scores(experiment)
         return
-    report, scores = evaluate(experiment)
-    print_report(report, scores if per_task else [], as_json)
-    if not as_json:
-        print_without_pretrained(experiment, scores)
-    refuse_failures(experiment)
+    show_scores(experiment, as_json, per_task=per_task)
 
 
 @app.command()
@@ -3313,11 +3316,7 @@ def run(
         ]  # fmt: skip
         experiment.only.update(digest(job.header) for job in jobs)
         run_jobs(experiment, subspace, jobs, vector_tuning, f"tune {space} {size}, {start} start")
-    report, scores = evaluate(experiment)
-    print_report(report, [], as_json)
-    if not as_json:
-        print_without_pretrained(experiment, scores)
-    refuse_failures(experiment)
+    show_scores(experiment, as_json)
 
 
 @app.command("tasks")
@@ -3390,6 +3389,15 @@ def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str,
     refuse_failures(experiment)
 
 
+def show_scores(experiment: Experiment, as_json: bool, *, per_task: bool = False) -> None:
+    """Score all that the cache holds and print it."""
+    report, scores = evaluate(experiment)
+    print_report(report, scores if per_task else [], as_json)
+    if not as_json:
+        print_without_pretrained(experiment, scores)
+    refuse_failures(experiment)
+
+
 def refuse_failures(experiment: Experiment) -> None:
     """End with an error that lists the tasks that were left out, if there are any."""
     if experiment.failures:
@@ -3440,7 +3448,13 @@ def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneCo
 
 def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> None:
     """Say what finding subspaces takes, by two measured steps of each kind (every rank takes part in them)."""
-    collection, config, times = experiment.collected(), configs[0], []
+    collection = experiment.collected()
+    _, waiting = subspace_headers(experiment, collection, configs)
+    if not waiting:
+        say(f"plan: 0 subspaces to find, {len(configs)} found before")
+        return
+    configs, times = [configs[n] for n in waiting], list[float]()
+    config = configs[0]
     soft_prompts, rows = experiment.read_prompts(collection), collection_rows(experiment, collection)
     few = [replace(c, warmup_steps=2, steps=2) for c in configs]
     fit_subspaces(

@@ -130,8 +130,7 @@ def partial_answers(world: ipt.World, question: str, scene: ipt.Scene) -> list[s
     for part in question.split(" then "):
         if connective := re.search(" (and|or) ", part):
             left, right = part[: connective.start()], part[connective.end() :]
-            whole = [world.answer(part, scene)]
-            own = [*partial_answers(world, left, scene), *whole, *partial_answers(world, right, scene)]
+            own = [*partial_answers(world, left, scene), world.answer(part, scene), *partial_answers(world, right, scene)]
         elif part.startswith("not "):
             own = [world.answer(part, scene), *partial_answers(world, part.removeprefix("not "), scene)]
         else:
@@ -314,8 +313,8 @@ def train(
     batches, filler = Batches(world, tokenizer, held_out, seed), tokenizer.get_vocab()[FILLER]
     start, step, reported, running = time.time(), 0, time.time(), 0.0
     while (share := (time.time() - start) / (60 * minutes)) < 1:
-        for optimizer, base in zip(optimizers, (lr, lr), strict=True):
-            optimizer.param_groups[0]["lr"] = base * min(1, (step + 1) / 200) * (1 - share)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - share)
         ids, hints, labels = batches.draw(batch, share)
         length, embeds = hints.shape[1], model.shared(ids)
         # What a soft prompt will be: words that are not quite words, and between them vectors that mean nothing.

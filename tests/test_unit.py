@@ -1006,11 +1006,16 @@ def test_a_job_answers_its_validation_rows_as_it_is_told_to(t5: Backbone, tasks:
 FIT = ipt.SubspaceConfig(dim=6, inner=13, steps=40, warmup_steps=60, tasks_per_step=5, rows_per_task=2, learning_rate=3e-3)
 
 
-def fit(backbone: Backbone, tasks: dict[str, Task], **changes: Any) -> tuple[ipt.Subspace, list[tuple[float, float]], Tensor]:
-    """Fit a subspace to prompts of all tasks; return it, (LM loss, unexplained variance) of every step, and the prompts."""
+def fit_inputs(backbone: Backbone, tasks: dict[str, Task]) -> tuple[Tensor, Tensor, list[list[Encoded]]]:
+    """Return prompts of all tasks, the initial prompt that they share, and the tasks' rows."""
     initial = backbone.initial_prompt(3, seed=0)
     prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * backbone.embedding_rms
-    rows, told = [rows_of(backbone, task) for task in tasks.values()], []
+    return prompts, initial, [rows_of(backbone, task) for task in tasks.values()]
+
+
+def fit(backbone: Backbone, tasks: dict[str, Task], **changes: Any) -> tuple[ipt.Subspace, list[tuple[float, float]], Tensor]:
+    """Fit a subspace to prompts of all tasks; return it, (LM loss, unexplained variance) of every step, and the prompts."""
+    (prompts, initial, rows), told = fit_inputs(backbone, tasks), []
     config = dataclasses.replace(FIT, **changes)
     (space,) = ipt.fit_subspaces(
         backbone, prompts, initial, rows, [config], on_step=lambda fits: told.append((fits.lm_losses[0], fits.unexplained[0]))
@@ -1033,9 +1038,7 @@ def test_fitting_lowers_the_unexplained_variance_and_tells_both_losses(backbone:
 
 
 def test_subspaces_fitted_side_by_side_are_those_fitted_alone(t5: Backbone, tasks: dict[str, Task]) -> None:
-    initial = t5.initial_prompt(3, seed=0)
-    prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * t5.embedding_rms
-    rows = [rows_of(t5, task) for task in tasks.values()]
+    prompts, initial, rows = fit_inputs(t5, tasks)
     configs = [dataclasses.replace(FIT, dim=dim, steps=20) for dim in (6, 4)]
     for config, together in zip(configs, ipt.fit_subspaces(t5, prompts, initial, rows, configs), strict=True):
         (alone,) = ipt.fit_subspaces(t5, prompts, initial, rows, [config])
@@ -1044,9 +1047,8 @@ def test_subspaces_fitted_side_by_side_are_those_fitted_alone(t5: Backbone, task
 
 
 def test_a_fit_that_was_stopped_goes_on_from_its_state_to_the_same_subspace(t5: Backbone, tasks: dict[str, Task]) -> None:
-    initial, stopped = t5.initial_prompt(3, seed=0), []
-    prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * t5.embedding_rms
-    rows, config = [rows_of(t5, task) for task in tasks.values()], dataclasses.replace(FIT, steps=20)
+    (prompts, initial, rows), stopped = fit_inputs(t5, tasks), []
+    config = dataclasses.replace(FIT, steps=20)
 
     def stop(fits: ipt.SubspaceFits) -> None:
         if fits.step == 70:
@@ -1104,8 +1106,7 @@ def test_a_step_s_gradient_is_that_of_mean_task_loss_plus_alpha_times_reconstruc
     with pytest.raises(KeyboardInterrupt):
         fit(t5, tasks, alpha=4.0, noise=0.0, warmup_steps=0, tasks_per_step=7, rows_per_task=99)
     monkeypatch.undo()
-    initial = t5.initial_prompt(3, seed=0)
-    prompts = initial + 0.3 * (collection(initial, tasks=7) - initial) * t5.embedding_rms
+    prompts, initial, _ = fit_inputs(t5, tasks)
     unit = float((prompts - initial).pow(2).mean().sqrt())
     space = ipt.random_subspace(initial, unit=unit, dim=6, inner=13, seed=FIT.seed)
     weights = [weight.requires_grad_() for weight in space.weights.values()]
