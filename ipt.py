@@ -142,6 +142,11 @@ class World:
         """Return the distinct values of a column, in the lexicon's order."""
         return list(dict.fromkeys(getattr(entry, column) for entry in self.lexicon[self.slots[slot]]))
 
+    @cached_property
+    def _known(self) -> dict[str, set[str]]:
+        """Return slot -> every value of its columns."""
+        return {slot: {value for column in self.columns(slot) for value in self.values(slot, column)} for slot in self.slots}
+
     def answer(self, question: str, scene: Scene) -> str:
         """Answer a question about a scene.
 
@@ -180,7 +185,7 @@ class World:
                 return not self._holds(rest, scene)
             case ["same", column, a, b] if all(s in self.slots and column in self.columns(s) for s in (a, b)):
                 return bool(getattr(scene[a], column) == getattr(scene[b], column))
-            case [slot, value] if slot in self.slots and any(value in self.values(slot, c) for c in self.columns(slot)):
+            case [slot, value] if slot in self.slots and value in self._known[slot]:
                 return value in vars(scene[slot]).values()
         raise IptError(
             f"world {self.name}: cannot read the question part {' '.join(words)!r}: expected 'SLOT COLUMN', 'SLOT VALUE' or "
@@ -500,8 +505,11 @@ class WorldRows:
         for label in itertools.cycle(labels):
             for _ in range(100_000):
                 scene = self.world.draw(rng)
-                sentence, answer = self.world.describe(scene), self.world.answer(self.question, scene)
-                if label in (None, answer) and sentence not in seen and zlib.crc32(sentence.encode()) % 4 in parts:
+                sentence = self.world.describe(scene)
+                if sentence in seen or zlib.crc32(sentence.encode()) % 4 not in parts:
+                    continue
+                answer = self.world.answer(self.question, scene)
+                if label in (None, answer):
                     break
             else:
                 raise IptError(
