@@ -46,12 +46,12 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cached_property, lru_cache, partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, get_type_hints
 
 import typer
 import yaml
@@ -1374,7 +1374,7 @@ class Budget:
 def memory_share() -> float:
     """Return the share of the GPU's memory that has been in use at most since last asked; 1 on a CPU.
 
-    On a CPU larger passes are no faster (tests/benchmark.py measures it), so nothing is gained by filling its memory.
+    On a CPU the passes that fit its caches are the fastest (`tests/benchmark.py --budgets`), so its memory is not to be filled.
     """
     if not torch.cuda.is_initialized():
         return 1.0
@@ -1396,6 +1396,9 @@ class Backbone:
     max_length: int
     """Tokens of prompt and input together."""
     budget: Budget
+    """Of passes forward and backward."""
+    answer_budget: Budget
+    """Of passes forward only, which keep no activations."""
 
     @property
     def device(self) -> torch.device:
@@ -1465,41 +1468,56 @@ class Backbone:
         Returns:
             States (batch, prompt_length + input_length, hidden) and their mask (batch, prompt_length + input_length).
         """
-        ids, real = self._pad(input_ids, self.tokenizer.pad_token_id)
+        ids, real = self._pad(input_ids, self.tokenizer.pad_token_id, before=soft_prompts.shape[1])
         inputs = self.model.get_input_embeddings()(ids)  # (batch, input_length, hidden)
         inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (batch, prompt_length + input_length, hidden)
-        mask = torch.cat([real.new_ones(soft_prompts.shape[:2]), real], dim=1)
+        mask = to_device(np.pad(real, ((0, 0), (soft_prompts.shape[1], 0)), constant_values=True), self.device)
         return self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask
 
     def answer_losses(self, states: Tensor, mask: Tensor, target_ids: Sequence[list[int]]) -> Tensor:
         """Return minus the log-likelihood of each row's target, summed over its tokens: (batch,), float32."""
         targets, real = self._pad(target_ids, IGNORE)  # (batch, target_length)
         decoder_ids = self.model.prepare_decoder_input_ids_from_labels(labels=targets)
-        with self._head_on(real):
-            logits = self.model(
-                encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
-            ).logits  # (target tokens, vocabulary)
-        return _losses_by_row(logits, targets, real)
+        places = Places.of(real, self.device)
+        with self._head_on(places):
+            logits = self._decode(states, mask, decoder_ids)  # (target tokens, vocabulary)
+        return places.sum_losses(logits, targets)
+
+    def _decode(self, states: Tensor, mask: Tensor, ids: Tensor, cache: Any = None) -> Tensor:
+        """Run the decoder on ids (batch, length) behind those that the cache holds, which it then holds too; return logits."""
+        options = {} if cache is None else {self._cache_name: cache}
+        out = self.model(
+            encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=ids, use_cache=cache is not None, **options
+        )
+        return cast("Tensor", out.logits)
+
+    @cached_property
+    def _cache_name(self) -> str:
+        """Return what this version of transformers calls the decoder's cache."""
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     @contextlib.contextmanager
-    def _head_on(self, real: Tensor) -> Iterator[None]:
-        """Let only these positions, a mask (batch, length), reach the vocabulary, the widest layer by far."""
-        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0][real],))
+    def _head_on(self, places: Places) -> Iterator[None]:
+        """Let only these positions reach the vocabulary, the widest layer by far."""
+        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (places.pick(states[0]),))
         try:
             yield
         finally:
             head.remove()
 
-    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-        """Pad on the right; return ids and which of them are real."""
+    def _pad(self, rows: Sequence[Sequence[int]], value: int, before: int = 0) -> tuple[Tensor, np.ndarray]:
+        """Pad on the right; return ids on the device, and on the host which of them are real.
+
+        On a GPU, the width is such that it is a multiple of 8 together with what comes before: kernels want that, and there
+        are few widths to compile for.
+        """
         width = max(map(len, rows))
         if self.device.type == "cuda":
-            width = -(-width // 8) * 8
+            width = -(-(before + width) // 8) * 8 - before
         ids = np.full((len(rows), width), value)
         for row, values in zip(ids, rows, strict=True):
             row[: len(values)] = values
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return torch.from_numpy(ids).to(self.device), torch.arange(width, device=self.device) < lengths[:, None]
+        return to_device(ids, self.device), np.arange(width) < np.array([[len(row)] for row in rows])
 
     def answer(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: str = "options") -> list[Answer]:
         """Answer rows, each behind the soft prompt that it names.
@@ -1513,7 +1531,7 @@ class Backbone:
 
         def work(numbers: list[int]) -> None:
             chunk = [rows[n][1] for n in numbers]
-            prompts = soft_prompts[torch.tensor([rows[n][0] for n in numbers], device=soft_prompts.device)]
+            prompts = soft_prompts[to_device([rows[n][0] for n in numbers], self.device)]
             begun = self._begin(*self.encoder_states(prompts, [e.input_ids for e in chunk]))
             choosing = {i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"}
             wanted = [(i, e.target_ids) for i, e in enumerate(chunk)]
@@ -1530,46 +1548,41 @@ class Backbone:
                 answers[n] = Answer(texts[i], losses[i, tuple(target)] / len(target))
 
         with torch.inference_mode():
-            # Inference keeps no activations, so four times as much fits.
-            Budget(4 * self.budget.tokens).run([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+            self.answer_budget.run([soft_prompts.shape[1] + len(e) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
 
     def _begin(self, states: Tensor, mask: Tensor) -> Begun:
         """Run the decoder on its start token: all texts behind a row go on from there."""
         start = torch.full((len(states), 1), self.model.config.decoder_start_token_id, device=states.device)
-        out = self.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=start, use_cache=True)
-        return Begun(states, mask, out.logits[:, -1].float(), out.past_key_values)
+        cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        return Begun(states, mask, self._decode(states, mask, start, cache)[:, -1].float(), cache)
 
     def _text_losses(self, begun: Begun, texts: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
         """Return minus the log-likelihood of texts, each given as its row and its tokens, summed over these."""
         losses: list[float] = []
         for start in range(0, len(texts), 2048):
             piece = texts[start : start + 2048]
-            at = torch.tensor([i for i, _ in piece], device=begun.states.device)
+            at = to_device([i for i, _ in piece], self.device)
             tokens, real = self._pad([text for _, text in piece], 0)
             sums = torch.nn.functional.cross_entropy(begun.logits[at], tokens[:, 0], reduction="none")
-            if real[:, 1:].any():
-                sums = sums + self._following_losses(begun, at, tokens, real)
+            if tokens.shape[1] > 1:
+                sums = sums + self._following_losses(begun, at, tokens, Places.of(real[:, 1:], self.device))
             losses += sums.tolist()
         return losses
 
-    def _following_losses(self, begun: Begun, at: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        """Return the losses of all tokens but the first, `tokens` and `real` being (texts, length)."""
-        with self._head_on(real[:, 1:]):
-            logits = self.model(
-                encoder_outputs=(begun.states[at],),
-                attention_mask=begun.mask[at],
-                decoder_input_ids=tokens[:, :-1],
-                past_key_values=begun.cache_of(at),
-                use_cache=True,
-            ).logits  # (real tokens, vocabulary)
-        return _losses_by_row(logits, tokens[:, 1:], real[:, 1:])
+    def _following_losses(self, begun: Begun, at: Tensor, tokens: Tensor, places: Places) -> Tensor:
+        """Return the losses of all tokens (texts, length) but the first, the real ones among them being at these places."""
+        with self._head_on(places):
+            logits = self._decode(
+                begun.states[at], begun.mask[at], tokens[:, :-1], begun.cache_of(at)
+            )  # (real tokens, vocabulary)
+        return places.sum_losses(logits, tokens[:, 1:])
 
     def _generate(self, begun: Begun, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
         """Return greedily generated text of some rows."""
         if not which:
             return {}
-        at = torch.tensor(which, device=begun.states.device)
+        at = to_device(which, self.device)
         stop, logits, past = self.model.config.eos_token_id, begun.logits[at], begun.cache_of(at)
         ended = torch.zeros(len(which), dtype=torch.bool, device=at.device)
         tokens: list[Tensor] = []
@@ -1580,24 +1593,42 @@ class Backbone:
             ended |= following == stop
             if not left or ended.all():
                 break
-            out = self.model(
-                encoder_outputs=(begun.states[at],),
-                attention_mask=begun.mask[at],
-                decoder_input_ids=following[:, None],
-                past_key_values=past,
-                use_cache=True,
-            )
-            logits = out.logits[:, -1]
+            logits = self._decode(begun.states[at], begun.mask[at], following[:, None], past)[:, -1]
         # A row's own limit holds, so that no answer depends on the rows beside it.
         written = torch.stack(tokens, dim=1).tolist()
         own = [row[: chunk[i].answer_limit] for i, row in zip(which, written, strict=True)]
         return dict(zip(which, self.tokenizer.batch_decode(own, skip_special_tokens=True), strict=True))
 
 
-def _losses_by_row(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-    """Sum the losses of the real tokens, for which logits (real tokens, vocabulary) are given, by row: (batch,), float32."""
-    losses = torch.nn.functional.cross_entropy(logits.float(), tokens[real], reduction="none")
-    return losses.new_zeros(len(tokens)).index_add(0, real.nonzero()[:, 0], losses)
+@dataclass(frozen=True)
+class Places:
+    """Where the real tokens of padded rows are, found on the host: a device that is asked makes the host wait for it."""
+
+    flat: Tensor
+    """(real tokens,), in the flattened rows."""
+    row: Tensor
+    """(real tokens,)."""
+    n_rows: int
+
+    @classmethod
+    def of(cls, real: np.ndarray, device: torch.device) -> Places:
+        """Return the places of what is true in (rows, length)."""
+        return cls(to_device(np.flatnonzero(real), device), to_device(np.nonzero(real)[0], device), len(real))
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return what values (rows, length, ...) hold at the places: (real tokens, ...)."""
+        return values.flatten(0, 1).index_select(0, self.flat)
+
+    def sum_losses(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Return each row's loss over tokens (rows, length), logits being (real tokens, vocabulary): (rows,), float32."""
+        losses = torch.nn.functional.cross_entropy(logits.float(), self.pick(tokens), reduction="none")
+        return losses.new_zeros(self.n_rows).index_add(0, self.row, losses)
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor of the device, without waiting for what the device is at."""
+    tensor = torch.as_tensor(np.asarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -1681,9 +1712,36 @@ def load_backbone(
     if compiled:
         model.get_encoder().compile(dynamic=True)
         model.get_decoder().compile(dynamic=True)
+    elif model._supports_sdpa:
+        share_position_bias(model)
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    budget = Budget(1 << 12 if place.type == "cpu" else 1 << 15)
-    return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), budget)
+    budgets = (Budget(1 << 10), Budget(1 << 12)) if place.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
+    return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), *budgets)
+
+
+def share_position_bias(model: Any) -> None:
+    """Let a backbone's attention join position bias (T5) and padding mask once a pass; transformers does it at every layer.
+
+    The joined mask (batch, heads, length, length) is the largest tensor of a pass, and each layer would keep its own for the
+    backward pass. Whether there is padding at all is not looked at either: that look makes the host wait for the device.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        bias = options.pop("position_bias", None)
+        if bias is not None and mask is not None:
+            if getattr(bias, "joined_with", None) is not mask:  # kept on the bias, so that it goes when the pass is over
+                bias.joined_with, bias.joined = mask, torch.where(mask, bias, torch.finfo(query.dtype).min)
+            mask, bias = bias.joined, None
+        return sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **options)
+
+    def full_mask(*arguments: Any, **options: Any) -> Any:
+        return sdpa_mask(*arguments, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    transformers.AttentionInterface.register("ipt", attend)
+    transformers.AttentionMaskInterface.register("ipt", full_mask)
+    model.set_attn_implementation("ipt")
 
 
 def fingerprint(model: Any, tokenizer: Any) -> str:
@@ -1932,7 +1990,8 @@ def tune(
         space: maps theta to soft prompts, once per job and step.
         jobs: in the order in which they get slots.
         config: the same for all jobs.
-        slots: jobs that are tuned at once; without it as many as fill a pass through the backbone, and at least 16.
+        slots: jobs that are tuned at once; without it as many as fill four passes, so that rows of like length meet, and at
+            least 16.
         decoding: how validation rows are answered.
         resume: states of unfinished jobs by job digest, as in a checkpoint.
         on_step: called after each step of all slots, with the table.
@@ -1963,7 +2022,7 @@ def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneCo
     """Tell whether one more job can be tuned beside those in the table."""
     if slots:
         return len(table.jobs) < slots
-    return len(table.jobs) < 16 or config.batch_size * table.row_lengths < budget.tokens
+    return len(table.jobs) < 16 or config.batch_size * table.row_lengths < 4 * budget.tokens
 
 
 def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
@@ -1980,7 +2039,7 @@ def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
     state["theta"] = theta.detach()
     _record_losses(losses, state, config)
-    adam(state, gradient, torch.tensor([job.header["learning_rate"] for job in table.jobs]), config)
+    adam(state, gradient, torch.tensor([job.header["learning_rate"] for job in table.jobs], dtype=torch.float64), config)
 
 
 def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tuple[int, Encoded]]) -> tuple[Tensor, Tensor]:
@@ -2001,10 +2060,10 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
         tokens[i] += len(example.target_ids)
 
     def work(numbers: list[int]) -> None:
-        slots = torch.tensor([batch[n][0] for n in numbers], device=leaf.device)
+        slots = to_device([batch[n][0] for n in numbers], leaf.device)
         states, mask = backbone.encoder_states(leaf[slots], [batch[n][1].input_ids for n in numbers])
         sums = backbone.answer_losses(states, mask, [batch[n][1].target_ids for n in numbers])
-        means = sums / torch.tensor([tokens[batch[n][0]] for n in numbers], device=leaf.device)
+        means = sums / to_device([tokens[batch[n][0]] for n in numbers], leaf.device)
         means.sum().backward()
         losses.index_add_(0, slots, means.detach())
 
@@ -2029,14 +2088,14 @@ def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, con
     step = state["step"]
     warm = (step / max(1.0, config.warmup * config.steps)).clamp_max(1)
     left = (1 - (step - 1) / config.steps).clamp_min(0)
-    rate = (learning_rates * torch.minimum(warm, left) / (1 - 0.9**step)).to(gradient)[:, None]
-    spread = (state["square"] / (1 - 0.999**step).to(gradient)[:, None]).sqrt() + 1e-8
-    state["theta"] = state["theta"] - rate * state["mean"] / spread
+    rates = torch.stack([learning_rates * torch.minimum(warm, left) / (1 - 0.9**step), 1 - 0.999**step]).float()
+    rate, share = to_device(rates, gradient.device)[..., None]  # (tasks, 1) each
+    state["theta"] = state["theta"] - rate * state["mean"] / ((state["square"] / share).sqrt() + 1e-8)
 
 
 def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig) -> None:
     """Add each job's loss to its mean over its first ten and over its last ten steps; one that is not finite stays in both."""
-    step, window = state["step"].to(losses.device), min(10, config.steps)
+    step, window = to_device(state["step"], losses.device), min(10, config.steps)
     state["first_loss"] = state["first_loss"] + torch.where(step < window, losses / window, 0)
     state["last_loss"] = torch.where(step == 0, losses, state["last_loss"].lerp(losses, 0.1))
 
@@ -2595,7 +2654,8 @@ class Experiment:
             self.backbone, device=self.device, precision=self.precision, max_length=self.max_length, compiled=self.compiled
         )
         if (file := self._budget_file(loaded)).exists():
-            loaded.budget.tokens, loaded.budget.most = json.loads(file.read_bytes())
+            budget, answer_budget = (Budget(*numbers) for numbers in json.loads(file.read_bytes()))
+            loaded = replace(loaded, budget=budget, answer_budget=answer_budget)
         return loaded
 
     def _folder(self, loaded: Backbone) -> Path:
@@ -2604,12 +2664,17 @@ class Experiment:
 
     def _budget_file(self, loaded: Backbone) -> Path:
         kind = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
-        return self._folder(loaded) / "passes" / f"{file_name(f'{platform.node()}-{kind}')}.json"
+        return self._folder(loaded) / "budgets" / f"{file_name(f'{platform.node()}-{kind}')}.json"
 
-    def remember_budget(self, before: Budget) -> None:
+    @property
+    def budgets(self) -> bytes:
+        """Return what is known about how much fits into memory, as its file holds it."""
+        return json.dumps([astuple(self.model.budget), astuple(self.model.answer_budget)]).encode()
+
+    def remember_budgets(self, before: bytes) -> None:
         """Keep what was found out about how much fits into memory, for the next command on this machine."""
-        if (budget := self.model.budget) != before:
-            write_bytes(self._budget_file(self.model), json.dumps([budget.tokens, budget.most]).encode())
+        if self.budgets != before:
+            write_bytes(self._budget_file(self.model), self.budgets)
 
     @cached_property
     def store(self) -> Cache:
@@ -2724,7 +2789,7 @@ class Tuning:
     ] = None  # fmt: skip
     evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
     patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
-    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: a pass full, at least 16]")] = None
+    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: four passes full, at least 16]")] = None
 
     def __post_init__(self) -> None:
         """Check what Typer cannot."""
@@ -2796,7 +2861,7 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
     # One checkpoint per set of jobs and rank: another command in between leaves it alone.
     unfinished = store.folder / "unfinished"
     checkpoint = unfinished / f"{digest({'jobs': [digest(job.header) for job in jobs]})}-{rank()}.safetensors"
-    saved, done, budget = time.monotonic(), 0, replace(experiment.model.budget)
+    saved, done, budgets = time.monotonic(), 0, experiment.budgets
     name = "soft_prompt" if isinstance(space, PromptSpace) else "intrinsic_vector"
     latest: tuple[list[Job], dict[str, Tensor]] = [], {}
 
@@ -2828,7 +2893,7 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
             raise
     wait_for_ranks()
     if waiting and rank() == 0:
-        experiment.remember_budget(budget)
+        experiment.remember_budgets(budgets)
         remove_finished(unfinished, {digest(job.header) for job in jobs})
 
 

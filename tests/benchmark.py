@@ -90,8 +90,10 @@ def make_engine(
 ) -> tuple[ipt.Backbone, ipt.PromptSpace, ipt.JobTable, ipt.TuneConfig]:
     """Return what the engine works on: the backbone, the space of prompts, a table with a job per task, the settings."""
     device = next(model.parameters()).device
-    tokens = budget or (1 << 12 if device.type == "cpu" else 1 << 15)
-    backbone = ipt.Backbone("benchmark", model, SimpleNamespace(pad_token_id=0), "", 1 << 20, ipt.Budget(tokens))
+    tokens = budget or (1 << 10 if device.type == "cpu" else 1 << 15)
+    backbone = ipt.Backbone(
+        "benchmark", model, SimpleNamespace(pad_token_id=0), "", 1 << 20, ipt.Budget(tokens), ipt.Budget(tokens)
+    )
     ids = torch.randint(5, model.config.vocab_size, (arguments.prompt_length,), device=device)
     with torch.no_grad():
         initial = model.get_input_embeddings()(ids).float()
@@ -120,10 +122,10 @@ def bare(side: tuple, steps: int) -> None:
         ]  # fmt: skip
 
         def work(numbers: list[int], rows: list[ipt.Encoded] = rows) -> None:
-            ids, real = backbone._pad([rows[n].input_ids for n in numbers], 0)
+            ids, real = backbone._pad([rows[n].input_ids for n in numbers], 0, before=len(prompt))
             labels, _ = backbone._pad([rows[n].target_ids for n in numbers], ipt.IGNORE)
             embeds = torch.cat([prompt.expand(len(ids), -1, -1), embed(ids)], dim=1).requires_grad_()
-            mask = torch.cat([real.new_ones(len(ids), len(prompt)), real], dim=1)
+            mask = torch.cat([ids.new_ones(len(ids), len(prompt)), torch.from_numpy(real).to(ids)], dim=1)
             model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
 
         backbone.budget.run([len(prompt) + len(row) for row in rows], work)

@@ -729,7 +729,7 @@ def test_without_a_number_of_slots_jobs_fill_a_pass_and_at_least_16_are_tuned(
 ) -> None:
     space, config, counts = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int]()
     lengths = [len(row) for row in rows_of(t5, tasks["mood-good"])]
-    tokens = 2 * sum(lengths) / len(lengths) * (at_once - 0.5 if at_once > 16 else 5)
+    tokens = 2 * sum(lengths) / len(lengths) * (at_once - 0.5 if at_once > 16 else 5) / 4
     jobs = (make_job(t5, tasks["mood-good"], torch.zeros(space.size), rate=n) for n in range(1, 40))
     monkeypatch.setattr(ipt, "_validate", lambda backbone, space, table, *others: counts.append(len(table.jobs)))
     list(ipt.tune(dataclasses.replace(t5, budget=ipt.Budget(round(tokens))), space, jobs, config))
@@ -1397,12 +1397,14 @@ def test_a_split_names_its_seen_and_unseen_tasks(experiment: ipt.Experiment) -> 
 
 
 def test_what_fits_into_memory_is_remembered_for_the_next_command(experiment: ipt.Experiment) -> None:
-    before = dataclasses.replace(experiment.model.budget)
-    experiment.remember_budget(before)
-    assert not list(experiment.store.folder.glob("passes/*"))
-    experiment.model.budget.tokens, experiment.model.budget.most = 123, 456
-    experiment.remember_budget(before)
-    assert dataclasses.replace(experiment).model.budget == ipt.Budget(123, 456)
+    before = experiment.budgets
+    experiment.remember_budgets(before)
+    assert not list(experiment.store.folder.glob("budgets/*"))
+    experiment.model.budget.tokens, experiment.model.budget.most, experiment.model.answer_budget.tokens = 123, 456, 789
+    experiment.remember_budgets(before)
+    again = dataclasses.replace(experiment).model
+    assert again.budget == ipt.Budget(123, 456)
+    assert again.answer_budget == ipt.Budget(789)
 
 
 def test_a_job_s_header_changes_with_all_that_its_result_depends_on(experiment: ipt.Experiment) -> None:
