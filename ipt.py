@@ -2140,10 +2140,10 @@ class SubspaceConfig:
     """Width of the layer behind the intrinsic vector (the paper's d')."""
     steps: int = 1000
     """Updates on both losses."""
-    warmup_steps: int = 600
+    warmup_steps: int = 200
     """Updates before those, on the reconstruction error alone; they do not touch the backbone."""
-    learning_rate: float = 1e-3
-    """Of AdamW, warmed up and decayed linearly."""
+    learning_rate: float = 0.03
+    """Of Adafactor, relative to a weight's root mean square; warmed up and decayed linearly."""
     tasks_per_step: int = 16
     """Tasks drawn uniformly for a step of the LM loss: all tasks weigh the same."""
     rows_per_task: int = 4
@@ -2170,7 +2170,10 @@ class SubspaceConfig:
 
 
 class SubspaceFits:
-    """Subspaces of several dimensions that are learned side by side, on the same draws of tasks and rows."""
+    """Subspaces of several dimensions that are learned side by side, on the same draws of tasks and rows.
+
+    Adafactor keeps next to nothing beside weights and gradients, where Adam keeps as much again; it learned better, too.
+    """
 
     def __init__(self, initial_prompt: Tensor, unit: float, configs: Sequence[SubspaceConfig]) -> None:
         """Begin with untrained subspaces, one per configuration."""
@@ -2181,20 +2184,20 @@ class SubspaceFits:
         for subspace, config in zip(self.subspaces, configs, strict=True):
             for weight in subspace.weights.values():
                 weight.requires_grad_()
-            self.optimizers.append(torch.optim.AdamW(subspace.weights.values(), lr=config.learning_rate, weight_decay=0.01))
-        self.lm_losses = [math.nan for _ in configs]
-        """Mean LM loss per target token at the last step; nan where it is off."""
-        self.unexplained = [math.nan for _ in configs]
-        """Reconstruction error at the last step."""
+            self.optimizers.append(torch.optim.Adafactor(subspace.weights.values(), lr=config.learning_rate))
+        self.lm_losses = torch.full((len(configs),), math.nan)
+        """Mean LM loss per target token at the last step, on the backbone's device; nan where it is off."""
+        self.unexplained = self.lm_losses
+        """Reconstruction error at the last step, likewise."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights and moments by `dim.layer.name`: with the step, all that a checkpoint needs."""
-        moments = ("exp_avg", "exp_avg_sq")
+        """Return weights and optimiser states by `dim layer name`: with the step, all that a checkpoint needs."""
         return {
-            f"{subspace.size} {layer} {name}": optimizer.state[weight][name] if name in moments else weight.detach()
+            f"{subspace.size} {layer} {name}": tensor
             for subspace, optimizer in zip(self.subspaces, self.optimizers, strict=True)
             for layer, weight in subspace.weights.items()
-            for name in ("weight", *moments)
+            for name, tensor in ({"weight": weight.detach()} | optimizer.state[weight]).items()
+            if name != "step"
         }
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
@@ -2202,24 +2205,30 @@ class SubspaceFits:
         self.step = step
         for subspace, optimizer in zip(self.subspaces, self.optimizers, strict=True):
             for layer, weight in subspace.weights.items():
-                own = {name: state[f"{subspace.size} {layer} {name}"].to(weight) for name in ("weight", "exp_avg", "exp_avg_sq")}
+                prefix = f"{subspace.size} {layer} "
+                own = {name.removeprefix(prefix): tensor.to(weight) for name, tensor in state.items() if name.startswith(prefix)}
                 weight.data.copy_(own.pop("weight"))
                 optimizer.state[weight] = own | {"step": torch.tensor(float(step))}
 
     def update(self, losses: Sequence[Tensor], total: int) -> None:
-        """Take a step of AdamW for each subspace, its rate warmed up, then falling linearly over the second half."""
-        for subspace, optimizer, config, loss in zip(self.subspaces, self.optimizers, self.configs, losses, strict=True):
-            if not loss.isfinite():
-                raise IptError(
-                    f"subspace of dim {config.dim}: the loss is not finite at step {self.step + 1}: use a smaller learning rate "
-                    "or --alpha"
-                )
+        """Take a step for each subspace, its rate warmed up, then falling linearly over the second half.
+
+        Raises:
+            IptError: a loss is not finite. Looked at now and then: a look makes the host wait for the device.
+        """
+        for optimizer, config, loss in zip(self.optimizers, self.configs, losses, strict=True):
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (self.step + 1) / 50, 2 * (total - self.step) / total)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(subspace.weights.values()), 1.0)
             optimizer.step()
         self.step += 1
+        if self.step in (1, total) or self.step % 50 == 0:
+            for config, loss in zip(self.configs, losses, strict=True):
+                if not loss.isfinite():
+                    raise IptError(
+                        f"subspace of dim {config.dim}: the loss is not finite by step {self.step}: use a smaller --alpha, or "
+                        "--precision fp32"
+                    )
 
 
 def fit_subspaces(
@@ -2275,10 +2284,10 @@ def fit_subspaces(
             ]
             batches = [(i + n * len(drawn), e) for n in range(len(configs)) for i, e in batch]
             lm_losses, gradients = _shared_prompt_losses(backbone, torch.cat(reconstructed).detach(), batches)
-            fits.lm_losses = [float(own.mean()) for own in lm_losses.chunk(len(configs))]
+            fits.lm_losses = lm_losses.view(len(configs), -1).mean(1)
             for n, (prompts, gradient) in enumerate(zip(reconstructed, gradients.chunk(len(configs)), strict=True)):
                 losses[n] = losses[n] + (prompts * gradient).sum() / len(drawn)  # its gradient is the mean LM loss's
-        fits.unexplained = [float(share.detach()) for share in unexplained]
+        fits.unexplained = torch.stack(unexplained).detach()
         fits.update(losses, total)
         on_step(fits)
     return [_unit_vectors(subspace, soft_prompts) for subspace in fits.subspaces]
@@ -2287,7 +2296,7 @@ def fit_subspaces(
 def _reconstruct(subspace: Subspace, soft_prompts: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """Map prompts through the subspace, with noise on their intrinsic vectors."""
     vectors = subspace.project(soft_prompts)
-    return subspace.back_project(vectors + noise * torch.randn(vectors.shape, generator=generator).to(vectors))
+    return subspace.back_project(vectors + noise * to_device(torch.randn(vectors.shape, generator=generator), vectors.device))
 
 
 def _shared_prompt_losses(
@@ -2562,8 +2571,8 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (180, 1000),
-    "evaluations": (3, 5), "batch_size": (2, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (240, 1000),
+    "evaluations": (2, 5), "batch_size": (1, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1),
     "subspace_steps": (120, 2000),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
@@ -2853,6 +2862,19 @@ def tune_jobs(
     return make_jobs(experiment, "intrinsic-vector", tasks, data_seed=data_seed, tuning=tuning, draw=draw, **more)
 
 
+Variant = tuple[str, int, str]
+"""Space, dim and start of intrinsic vectors."""
+
+
+def variant_jobs(experiment: Experiment, tuning: Tuning, variant: Variant, data_seed: int) -> tuple[Subspace, list[Job]]:
+    """Return a subspace and its jobs of both challenges: seen tasks with other data, unseen tasks."""
+    space, dim, start = variant
+    subspace = find_space(experiment, space, dim)
+    challenges = (experiment.named("seen"), data_seed), (experiment.named("unseen"), COLLECTION_SEED)
+    jobs = [tune_jobs(experiment, tuning, tasks, data_seed=seed, subspace=subspace, start=start) for tasks, seed in challenges]
+    return subspace, list(itertools.chain(*jobs))
+
+
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
@@ -2970,8 +2992,8 @@ def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[
             save_unfinished()
             raise
     if rank() == 0:
-        for n, subspace, lm_loss, unexplained in zip(waiting, subspaces, fits.lm_losses, fits.unexplained, strict=True):
-            figures = {"unit": subspace.unit, "lm_loss": lm_loss, "unexplained": unexplained}
+        for n, subspace, *losses in zip(waiting, subspaces, fits.lm_losses.tolist(), fits.unexplained.tolist(), strict=True):
+            figures = {"unit": subspace.unit} | dict(zip(("lm_loss", "unexplained"), losses, strict=True))
             store.save(headers[n], {k: v for k, v in figures.items() if math.isfinite(v)}, subspace.weights)
         checkpoint.unlink(missing_ok=True)
     wait_for_ranks()
@@ -3169,6 +3191,164 @@ def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
     return report, scores
 
 
+# --- Plans ---------------------------------------------------------------------------------------
+# What a command is about to do, and how long that will take: by a few steps of it, measured by all ranks at once.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage of work that is still to do."""
+
+    work: str
+    rows: float = 0
+    """That go through the backbone."""
+    tokens: float = 0
+    """Of the rows' prompts, inputs and targets."""
+    seconds: float = 0
+    """Of wall time, all ranks working."""
+    size: float = 0
+    """Bytes of files."""
+
+    def __str__(self) -> str:
+        """Return it as a sentence."""
+        text = f"plan: {self.work}"
+        text += f"; {self.rows:,.0f} rows, {self.tokens / 1e6:,.1f} million tokens" if self.rows else ""
+        text += f"; {self.seconds / 60:.1f} minutes by steps just measured" if self.seconds else ""
+        return text + (f"; {self.size / 1e6:,.1f} MB of files" if self.size else "")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is on some tasks."""
+
+    step: float
+    """Seconds of one job's share of an update."""
+    answer: float
+    """Seconds to answer one row."""
+    length: float
+    """Mean tokens of a row without the prompt."""
+    validation_rows: float
+    """Mean of a job."""
+
+
+def measure_pace(experiment: Experiment, jobs: Sequence[Job], config: TuneConfig) -> Pace:
+    """Tune some jobs for a few steps, the fastest of three counting, and validate them once; nothing of it is kept."""
+    table = JobTable(experiment.prompt_space.size, experiment.model.device)
+    for job in jobs:
+        table.add(replace(job, start=torch.zeros(experiment.prompt_space.size)))
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        _step(experiment.model, experiment.prompt_space, table, config)
+        float(table.state["last_loss"].sum())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    _validate(experiment.model, experiment.prompt_space, table, range(len(jobs)), experiment.decoding)
+    answering, validation = time.perf_counter() - begin, sum(len(rows) for _, rows in table.rows)
+    return Pace(
+        step=min(seconds[1:]) / len(jobs), answer=answering / validation,
+        length=table.row_lengths / len(jobs), validation_rows=validation / len(jobs),
+    )  # fmt: skip
+
+
+def plan_tuning(experiment: Experiment, config: TuneConfig, pace: Pace, count: int, work: str, size: int) -> Plan:
+    """Return the plan of tuning so many jobs of so many numbers."""
+    trained, answered = config.steps * config.batch_size, config.evaluations * pace.validation_rows
+    rows = count * (trained + answered)
+    seconds = count * (config.steps * pace.step + answered * pace.answer) / n_ranks()
+    return Plan(work, rows, rows * (experiment.preset("prompt_length") + pace.length), seconds, 4 * count * size)
+
+
+def plan_jobs(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job]) -> Plan:
+    """Return the plan of those jobs that the cache has no results of."""
+    waiting = [job for job in jobs if not experiment.store.has(job.header)]
+    work = f"{len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
+    if not waiting:
+        return Plan(work)
+    config, rows = tuning.config(experiment), [e for job in waiting for part in job.rows() for e in part]
+    if truncated := sum(e.truncated for e in rows):
+        work += f", {truncated} of {len(rows)} rows truncated"
+    pace = measure_pace(experiment, some_of(waiting), config)
+    return plan_tuning(experiment, config, pace, len(waiting), work, waiting[0].start.numel())
+
+
+def some_of(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Return at most 16 jobs to measure by, from all over the list."""
+    return jobs[:: -(-len(jobs) // 16)]
+
+
+def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> Plan:
+    """Return the plan of those subspaces that the cache does not hold."""
+    collection = experiment.collected()
+    _, waiting = subspace_headers(experiment, collection, configs)
+    if not waiting:
+        return Plan(f"0 subspaces to find, {len(configs)} found before")
+    rows = collection_rows(experiment, collection)
+    return plan_subspaces(experiment, [configs[n] for n in waiting], experiment.read_prompts(collection), rows)
+
+
+def plan_subspaces(
+    experiment: Experiment, configs: Sequence[SubspaceConfig], soft_prompts: Tensor, rows: Sequence[Sequence[Encoded]]
+) -> Plan:
+    """Return the plan of subspaces of prompts, by two steps of each kind (every rank takes part in them)."""
+    config, times = configs[0], list[float]()
+    few = [replace(c, warmup_steps=2, steps=2) for c in configs]
+    fit_subspaces(
+        experiment.model, soft_prompts, experiment.prompt_space.initial_prompt, rows, few,
+        on_step=lambda fits: times.append(time.perf_counter()),
+    )  # fmt: skip
+    n, per_step = experiment.prompt_space.size, min(config.tasks_per_step, len(rows)) * config.rows_per_task * config.lm_loss
+    count = config.steps * per_step * len(configs)
+    size = sum(c.dim * (n + 1 + c.inner) + c.inner + n * (c.inner + 1) for c in configs)
+    return Plan(
+        f"subspaces of dim {' and '.join(str(c.dim) for c in configs)} from {len(soft_prompts)} prompts, "
+        f"{config.steps_before} steps on the reconstruction, {config.steps} with {per_step * len(configs)} rows each",
+        count, count * (experiment.preset("prompt_length") + _mean(len(e) for own in rows for e in own)),
+        (times[2] - times[1]) * config.steps_before + (times[-1] - times[-2]) * config.steps, 4 * size,
+    )  # fmt: skip
+
+
+def plan_scores(experiment: Experiment) -> Plan:
+    """Return the plan of the scores that the cache does not hold, by the rows of the first."""
+    experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
+    wanted = candidates(experiment)
+    files = score_files(experiment, wanted)
+    missing = [candidate for candidate, file in zip(wanted, files, strict=True) if not file.exists()]
+    work = f"{len(missing)} prompts to score, {len(wanted) - len(missing)} scored before"
+    if not missing:
+        return Plan(work)
+    rows = [experiment.encoded(experiment.sample(c.score.task, COLLECTION_SEED).test) for c in missing]
+    begin = time.perf_counter()
+    experiment.model.answer(missing[0].soft_prompt()[None], [(0, e) for e in rows[0]], decoding=experiment.decoding)
+    seconds, count = time.perf_counter() - begin, sum(map(len, rows))
+    tokens = count * experiment.preset("prompt_length") + sum(len(e) for own in rows for e in own)
+    return Plan(work, count, tokens, seconds / len(rows[0]) * count / n_ranks())
+
+
+def plan_run(
+    experiment: Experiment, tuning: Tuning, vector_tuning: Tuning, jobs: Sequence[Job], configs: Sequence[SubspaceConfig],
+    variants: Sequence[Variant],
+) -> Iterator[Plan]:  # fmt: skip
+    """Yield the plans of all stages of `ipt run`, when no soft prompt of its jobs is there or some are missing."""
+    yield (prompts := plan_jobs(experiment, tuning, jobs))
+    if not prompts.rows:
+        return
+    config, seen = tuning.config(experiment), experiment.named("seen")
+    pace = measure_pace(experiment, some_of(jobs), config)
+    initial, generator = experiment.prompt_space.initial_prompt, torch.Generator().manual_seed(0)
+    stand_in = initial + torch.randn((len(seen), *initial.shape), generator=generator).to(initial)
+    rows = [experiment.encoded(experiment.sample(task, COLLECTION_SEED).train) for task in seen]
+    yield (subspaces := plan_subspaces(experiment, configs, stand_in, rows))
+    tasks = experiment.named("seen", "unseen")
+    count = len(variants) * len(tasks) * len(vector_tuning.learning_rate or [0])
+    yield (vectors := plan_tuning(experiment, config, pace, count, f"{count} intrinsic vectors to tune", configs[0].dim))
+    n_scores = len(tasks) * (2 + len(configs) + len(variants))
+    answered = n_scores * _mean(len(experiment.sample(task, COLLECTION_SEED).test) for task in tasks)
+    tokens, seconds = answered * (experiment.preset("prompt_length") + pace.length), answered * pace.answer / n_ranks()
+    yield (scores := Plan(f"{n_scores} prompts to score", answered, tokens, seconds))
+    yield Plan("all of it", seconds=sum(stage.seconds for stage in (prompts, subspaces, vectors, scores)))
+
+
 # --- Command line --------------------------------------------------------------------------------
 # Results on stdout, progress and messages on stderr. A command is a signature, a line of help and a call of a stage.
 
@@ -3299,7 +3479,7 @@ def fit_subspace_(experiment: Experiment, fitting: Fitting, dim: DimOption = Non
     check_dims(experiment, dim or [250])
     experiment.with_rows(experiment.places, COLLECTION_SEED)
     configs = [fitting.config(experiment, size) for size in dim or [250]]
-    plan_fit(experiment, configs)
+    say(plan_fit(experiment, configs))
     for header in () if dry_run else fit(experiment, configs):
         say(f"subspace: {experiment.store.path(header)}")
 
@@ -3346,7 +3526,7 @@ def eval_(
     Example: ipt eval --per-task
     """
     if dry_run:
-        plan_scores(experiment)
+        say(plan_scores(experiment))
         return
     show_scores(experiment, as_json, per_task=per_task)
 
@@ -3373,22 +3553,19 @@ def run(
     dims, vector_tuning = dim or [250, 10], replace(tuning, learning_rate=vector_learning_rate)
     prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
     check_dims(experiment, dims)
-    seen, unseen = experiment.named("seen"), experiment.named("unseen")
-    plan(experiment, tuning, prompts, dims=dims, vectors_per_task=len(dims) + 2)
+    configs = [fitting.config(experiment, size) for size in dims]
+    variants = [("subspace", size, "random") for size in dims] + [("subspace", dims[0], "seen"), ("random", dims[0], "random")]
+    for stage in plan_run(experiment, tuning, vector_tuning, prompts, configs, variants):
+        say(stage)
     if dry_run:
         return
     run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
     experiment.only.update(digest(job.header) for job in prompts)  # what other settings left in the cache changes nothing
-    experiment.only.update(map(digest, fit(experiment, [fitting.config(experiment, size) for size in dims])))
-    variants = [("subspace", size, "random") for size in dims] + [("subspace", dims[0], "seen"), ("random", dims[0], "random")]
-    for space, size, start in variants:
-        subspace = find_space(experiment, space, size)
-        jobs = [
-            job for tasks, rows in ((seen, data_seed), (unseen, COLLECTION_SEED))
-            for job in tune_jobs(experiment, vector_tuning, tasks, data_seed=rows, subspace=subspace, start=start)
-        ]  # fmt: skip
+    experiment.only.update(map(digest, fit(experiment, configs)))
+    for variant in variants:
+        subspace, jobs = variant_jobs(experiment, vector_tuning, variant, data_seed)
         experiment.only.update(digest(job.header) for job in jobs)
-        run_jobs(experiment, subspace, jobs, vector_tuning, f"tune {space} {size}, {start} start")
+        run_jobs(experiment, subspace, jobs, vector_tuning, "tune {} {}, {} start".format(*variant))
     show_scores(experiment, as_json)
 
 
@@ -3455,7 +3632,7 @@ def verify_tasks(experiment: Experiment, names: Iterable[str]) -> None:
 def do_jobs(experiment: Experiment, tuning: Tuning, batches: Sequence[tuple[str, Space, list[Job]]], dry_run: bool) -> None:
     """Tune batches of jobs, or only tell the plan; say where the results are."""
     for label, space, jobs in batches:
-        plan(experiment, tuning, jobs)
+        say(plan_jobs(experiment, tuning, jobs))
         if not dry_run:
             run_jobs(experiment, space, jobs, tuning, label)
     say(f"results: {experiment.store.folder}")
@@ -3477,91 +3654,6 @@ def refuse_failures(experiment: Experiment) -> None:
         raise IptError(f"{len(experiment.failures)} tasks were left out: " + "; ".join(experiment.failures.values()))
 
 
-def plan(
-    experiment: Experiment, tuning: Tuning, jobs: Sequence[Job], *, dims: Sequence[int] = (), vectors_per_task: int = 0
-) -> None:
-    """Say what will be done, and how long it will take by a few measured steps.
-
-    `dims` and `vectors_per_task` tell of stages that depend on this one.
-    """
-    if rank():
-        return
-    waiting, config = [job for job in jobs if not experiment.store.has(job.header)], tuning.config(experiment)
-    n_vectors = vectors_per_task * len({job.header["task"] for job in jobs})
-    text = f"plan: {len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
-    text += f"; then subspaces of dim {' and '.join(map(str, dims))} and {n_vectors} intrinsic vectors" if dims else ""
-    if waiting:
-        rows = [e for job in waiting for part in job.rows() for e in part]
-        truncated = sum(e.truncated for e in rows)
-        text += f", {truncated} of {len(rows)} rows truncated" if truncated else ""
-        steps = (len(waiting) + n_vectors) * config.steps
-        tokens = steps * config.batch_size * (experiment.preset("prompt_length") + _mean(map(len, rows)))
-        seconds = seconds_per_step(experiment, waiting[:: max(1, len(waiting) // (tuning.slots or 16))], config)
-        text += f"; at most {steps:,} steps of {config.batch_size} rows, {tokens / 1e6:,.1f} million tokens"
-        text += f", {seconds * steps / 60 / n_ranks():.1f} minutes at the {1000 * seconds:.1f} ms per step just measured"
-        text += f"; {4 * sum(job.start.numel() for job in waiting) / 1e6:.1f} MB of files"
-    say(text)
-
-
-def seconds_per_step(experiment: Experiment, jobs: Sequence[Job], config: TuneConfig) -> float:
-    """Measure one job's share of a step of prompt tuning, and of its validations; the fastest of three after one to warm up."""
-    table = JobTable(experiment.prompt_space.size, experiment.model.device)
-    for job in jobs:
-        table.add(replace(job, start=torch.zeros(experiment.prompt_space.size)))
-    seconds = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        _step(experiment.model, experiment.prompt_space, table, config)
-        float(table.state["last_loss"].sum())  # waits for the device
-        seconds.append(time.perf_counter() - begin)
-    begin = time.perf_counter()
-    _validate(experiment.model, experiment.prompt_space, table, range(len(jobs)), experiment.decoding)
-    return (min(seconds[1:]) + (time.perf_counter() - begin) * config.evaluations / config.steps) / len(jobs)
-
-
-def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> None:
-    """Say what finding subspaces takes, by two measured steps of each kind (every rank takes part in them)."""
-    collection = experiment.collected()
-    _, waiting = subspace_headers(experiment, collection, configs)
-    if not waiting:
-        say(f"plan: 0 subspaces to find, {len(configs)} found before")
-        return
-    configs, times = [configs[n] for n in waiting], list[float]()
-    config = configs[0]
-    soft_prompts, rows = experiment.read_prompts(collection), collection_rows(experiment, collection)
-    few = [replace(c, warmup_steps=2, steps=2) for c in configs]
-    fit_subspaces(
-        experiment.model, soft_prompts, experiment.prompt_space.initial_prompt, rows, few,
-        on_step=lambda fits: times.append(time.perf_counter()),
-    )  # fmt: skip
-    seconds = (times[2] - times[1]) * config.steps_before + (times[-1] - times[-2]) * config.steps
-    n, rows_per_step = experiment.prompt_space.size, config.tasks_per_step * config.rows_per_task * config.lm_loss
-    size = sum(c.dim * (n + 1 + c.inner) + c.inner + n * (c.inner + 1) for c in configs)
-    say(
-        f"plan: subspaces of dim {' and '.join(str(c.dim) for c in configs)} from {len(collection)} prompts; "
-        f"{config.steps_before} steps on the reconstruction, {config.steps} steps with {rows_per_step * len(configs)} rows each; "
-        f"{seconds / 60:.1f} minutes by steps just measured; {4 * size / 1e6:.1f} MB of files"
-    )
-
-
-def plan_scores(experiment: Experiment) -> None:
-    """Say what scoring the cache's prompts takes, by one measured prompt."""
-    experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
-    wanted = candidates(experiment)
-    files = score_files(experiment, wanted)
-    missing = [candidate for candidate, file in zip(wanted, files, strict=True) if not file.exists()]
-    text = f"plan: {len(missing)} prompts to score, {len(wanted) - len(missing)} scored before"
-    if missing:
-        rows = [experiment.encoded(experiment.sample(c.score.task, COLLECTION_SEED).test) for c in missing]
-        begin = time.perf_counter()
-        experiment.model.answer(missing[0].soft_prompt()[None], [(0, e) for e in rows[0]], decoding=experiment.decoding)
-        seconds, count = time.perf_counter() - begin, sum(map(len, rows))
-        tokens = count * experiment.preset("prompt_length") + sum(len(e) for own in rows for e in own)
-        text += f"; {count:,} rows, {tokens / 1e6:,.1f} million tokens"
-        text += f", {seconds / len(rows[0]) * count / 60 / n_ranks():.1f} minutes at the speed of the first"
-    say(text)
-
-
 def check_dims(experiment: Experiment, dims: Iterable[int]) -> None:
     """Refuse an intrinsic dimension that exceeds the prompt's, before any work."""
     for dim in dims:
@@ -3577,10 +3669,10 @@ def check_choice(name: str, value: str, *known: str) -> None:
         raise IptError(f"--{name} is {value!r}, expected {', '.join(known)}")
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     """Print a message on stderr, once for all ranks."""
     if rank() == 0:
-        stderr.print(text, markup=False, soft_wrap=True)
+        stderr.print(str(text), markup=False, soft_wrap=True)
 
 
 def echo(text: str = "") -> None:
