@@ -1886,8 +1886,8 @@ class TuneConfig:
     """Rows of a job in one update."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
-    clip: float = 1.0
-    """Largest norm of a job's gradient."""
+    clip: float = 0.1
+    """Largest norm of a job's gradient (the paper's)."""
     evaluations: int = 5
     """How often in a run the validation rows are scored; the best checkpoint is kept."""
     patience: int = 3

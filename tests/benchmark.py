@@ -3,6 +3,7 @@
     python tests/benchmark.py                                     # T5-small, 8 tasks: some minutes on 2 CPU cores
     python tests/benchmark.py --shape t5-base --tasks 64          # on a GPU
     python tests/benchmark.py --budgets 1024 4096 16384           # the engine alone, at several sizes of a pass
+    python tests/benchmark.py --shape t5-base --subspace 250      # learning to reconstruct prompts: time and memory
 
 Real shapes, random weights, prompts of 100 tokens, rows as long as those of real few-shot tasks. Four sides do the same
 updates of the same tasks on the same rows, in turn, several times; medians are shown, and throughput ratios:
@@ -12,7 +13,7 @@ updates of the same tasks on the same rows, in turn, several times; medians are 
     A  the same, but padded only to the longest row of each batch, which the documentation does not do
     b  a in bf16
     c  the engine of ipt: all tasks in shared passes; bf16 on a GPU, fp32 on a CPU
-    d  the frozen backbone alone, forward and backward, on c's rows in c's padded batches: the limit
+    d  the frozen backbone alone as transformers runs it, forward and backward, on c's rows in c's padded batches: the limit
 
 Useful tokens are those of prompts, inputs and targets, not the padding.
 """
@@ -20,6 +21,7 @@ Useful tokens are those of prompts, inputs and targets, not the padding.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -104,11 +106,14 @@ def make_engine(
     return backbone, space, table, ipt.TuneConfig(steps=1000, batch_size=arguments.batch_size)
 
 
-def engine(side: tuple, steps: int) -> None:
+def engine(side: tuple, steps: int, compiled: bool) -> None:
     backbone, space, table, config = side
+    if not compiled:
+        ipt.share_position_bias(backbone.model)
     for _ in range(steps):
         ipt._step(backbone, space, table, config)
     float(table.state["last_loss"].sum())  # waits for the device
+    backbone.model.set_attn_implementation("sdpa")  # the other sides use the same model
 
 
 def bare(side: tuple, steps: int) -> None:
@@ -179,6 +184,25 @@ def peft_loop(
         torch.cuda.synchronize()
 
 
+def fit_subspace(shape: str, dim: int) -> None:
+    """Learn to reconstruct 100 prompts of 100 tokens; print how long a step takes and what it keeps in memory."""
+    hidden, times = SHAPES[shape].d_model, []
+    prompts, initial = torch.randn(100, 100, hidden), torch.zeros(100, hidden)
+    config = ipt.SubspaceConfig(dim=dim, steps=1, warmup_steps=5, lm_loss=False)
+    size = 4 * (dim * (prompts[0].numel() + 1 + config.inner) + config.inner + prompts[0].numel() * (config.inner + 1)) / 1e9
+    before = peak_memory(lambda: None)[1]
+    _, peak = peak_memory(
+        lambda: ipt.fit_subspaces(
+            None, prompts, initial, [[]] * 100, [config], on_step=lambda fits: times.append(time.perf_counter())
+        )
+    )  # fmt: skip
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
+    print(
+        f"{shape}, 100 prompts, dim {dim}: a subspace of {size:.2f} GB, {seconds:.2f} s per step on the reconstruction, peak "
+        f"memory {peak - before:.2f} GB above the {before:.2f} GB from before: {(peak - before) / size:.1f} times the subspace"
+    )
+
+
 # --- Measuring -----------------------------------------------------------------------------------
 
 
@@ -244,11 +268,21 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128, help="tokens of an input at most; PEFT's example has 128")
     parser.add_argument("--sides", default="aAbcd")
     parser.add_argument("--budgets", type=int, nargs="*", help="only the engine, with so many tokens a pass")
+    parser.add_argument("--subspace", type=int, help="only fit a subspace of so many dimensions")
     parser.add_argument("--compile", action="store_true", help="let torch.compile make the engine's kernels")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(machine(device))
+    if arguments.subspace:
+        fit_subspace(arguments.shape, arguments.subspace)
+    else:
+        tune_prompts(arguments, device)
+
+
+def tune_prompts(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Measure the sides in turn and print what they reach."""
     model = transformers.AutoModelForSeq2SeqLM.from_config(SHAPES[arguments.shape]).to(device).requires_grad_(False).eval()
     fast = model if device.type == "cpu" else transformers.AutoModelForSeq2SeqLM.from_config(
         SHAPES[arguments.shape], dtype=torch.bfloat16
@@ -261,7 +295,7 @@ def main() -> None:
     sides: dict[str, Callable[[], None]]
     if arguments.budgets:
         sides = {
-            f"c at {budget} tokens a pass": partial(engine, make_engine(fast, rows, arguments, budget), steps)
+            f"c at {budget} tokens a pass": partial(engine, make_engine(fast, rows, arguments, budget), steps, arguments.compile)
             for budget in arguments.budgets
         }
     else:
@@ -270,7 +304,7 @@ def main() -> None:
             "a": lambda: peft_loop(model, rows, arguments, steps, full=True, half=False),
             "A": lambda: peft_loop(model, rows, arguments, steps, full=False, half=False),
             "b": lambda: peft_loop(model, rows, arguments, steps, full=True, half=True),
-            "c": lambda: engine(shared, steps),
+            "c": lambda: engine(shared, steps, arguments.compile),
             "d": lambda: bare(shared, steps),
         }
         sides = {name: every[name] for name in arguments.sides}
@@ -282,7 +316,6 @@ def main() -> None:
         f"{arguments.prompt_length}, inputs of {statistics.mean(len(row.input_ids) for row in seen):.0f} tokens on average and "
         f"{max(len(row.input_ids) for row in seen)} at most, {'real' if CROSSFIT.exists() else 'assumed'} lengths"
     )
-    print(machine(device))
     for run in sides.values():
         run()  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in sides}

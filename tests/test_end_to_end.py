@@ -192,7 +192,11 @@ def test_doing_it_all_again_does_nothing(finished: tuple[Path, Cli]) -> None:
 def test_a_dry_run_tells_the_plan_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     for command in ("collect", "run"):
         result = assert_done(cli(command, "--dry-run", *SHORT, *(DIMS if command == "run" else ())))
-        assert re.search(r"plan: 7 .*minutes", result.err)
+        assert re.search(r"plan: 7 .*[1-9]\d* rows, [\d.]+ million tokens; [\d.]+ minutes .* MB of files", result.err)
+    assert re.search(r"plan: subspaces of dim 6 and 4 .* minutes", result.err)
+    assert re.search(r"plan: 28 intrinsic vectors .* minutes", result.err)
+    assert re.search(r"plan: 56 prompts to score.* minutes", result.err)
+    assert re.search(r"plan: all of it; [\d.]+ minutes", result.err)
     assert not (tmp_path / "cache").exists()
 
 

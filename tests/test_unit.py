@@ -21,9 +21,11 @@ import scipy.stats
 import sklearn.decomposition
 import sklearn.metrics
 import torch
+import transformers
 from conftest import TASKS_FILE
 from rouge_score import rouge_scorer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipt
 from ipt import Backbone, Encoded, Example, IptError, Job, Task, TuneConfig, Tuned, World
@@ -695,7 +697,7 @@ def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: 
 
 # --- Tuning --------------------------------------------------------------------------------------
 
-CONFIG = TuneConfig(steps=12, batch_size=3, evaluations=4, patience=1)
+CONFIG = TuneConfig(steps=12, batch_size=3, evaluations=4, patience=1, clip=1.0)
 
 
 def make_job(
@@ -870,6 +872,64 @@ def test_every_row_of_adam_equals_torch_s_adam_with_its_own_clipping_schedule_an
     assert state["step"].tolist() == [20, 16, 13]
     assert 0 < clipped < 49
     assert (state["theta"] - start).abs().min() > 1e-4
+
+
+class Questions(TorchDispatchMode):
+    """Count what would make the host wait for a device: reading a number, and finding out where a mask is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.joined = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        indices = arguments[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        masks = [at for at in indices if at is not None and at.dtype == torch.bool]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique") or masks:
+            self.asked.append(name)
+        self.joined += name == "where" and arguments[0].dim() == 4
+        return operation(*arguments, **(options or {}))
+
+
+def test_a_step_asks_the_device_nothing(backbone: Backbone, tasks: dict[str, Task]) -> None:
+    space, config = make_space(backbone, "subspace"), TuneConfig(steps=3, batch_size=3)
+    table = ipt.JobTable(space.size, backbone.device)
+    for task in tasks.values():
+        table.add(make_job(backbone, task, torch.zeros(space.size)))
+    with Questions() as questions:
+        ipt._step(backbone, space, table, config)
+        assert not questions.asked
+        float(table.state["last_loss"].sum())
+    assert questions.asked == ["_local_scalar_dense"]
+
+
+def test_position_bias_and_mask_are_joined_once_a_pass_with_the_result_of_transformers(
+    t5: Backbone, tasks: dict[str, Task]
+) -> None:
+    config = transformers.T5Config(
+        vocab_size=len(t5.tokenizer), d_model=16, d_kv=4, d_ff=32, num_layers=3, num_heads=2, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    backbone = dataclasses.replace(t5, model=model)
+    rows = [rows_of(t5, tasks[name])[0] for name in ("mood-good", "mood-opposite-choice", "day-then-count")]
+    assert len({len(row.input_ids) for row in rows}) > 1, "without padding there would be no mask"
+    prompt = backbone.initial_prompt(3, seed=0).expand(len(rows), -1, -1).clone().requires_grad_()
+
+    def pass_over() -> tuple[Tensor, Tensor, int]:
+        with Questions() as questions:
+            states, mask = backbone.encoder_states(prompt, [row.input_ids for row in rows])
+            losses = backbone.answer_losses(states, mask, [row.target_ids for row in rows])
+        return losses.detach(), torch.autograd.grad(losses.sum(), prompt)[0], questions.joined
+
+    *expected, at_every_layer = pass_over()
+    ipt.share_position_bias(model)
+    *own, once = pass_over()
+    for a, b in zip(own, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert at_every_layer == 9, "three layers, each of the encoder, of the decoder, and between them"
+    assert once == 3
 
 
 def test_running_out_of_memory_halves_the_rows_at_once_and_changes_no_result(t5_folder: Path, tasks: dict[str, Task]) -> None:
