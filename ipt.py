@@ -3548,7 +3548,7 @@ def run(
     Example: ipt run --quick
     """
     if quick:
-        tuning, fitting = replace(tuning, steps=tuning.steps or 40), replace(fitting, subspace_steps=fitting.subspace_steps or 50)
+        tuning, fitting = replace(tuning, steps=tuning.steps or 80), replace(fitting, subspace_steps=fitting.subspace_steps or 50)
         experiment.keep(experiment.named("seen")[::8] + experiment.named("unseen")[::5])
     dims, vector_tuning = dim or [250, 10], replace(tuning, learning_rate=vector_learning_rate)
     prompts = collect_jobs(experiment, tuning, experiment.named("seen", "unseen"))
