@@ -1843,8 +1843,9 @@ def random_subspace(initial_prompt: Tensor, *, unit: float, dim: int, inner: int
     weights = {}
     for layer, rows, columns in (("in", dim, n), ("hidden", inner, dim), ("out", n, inner)):
         bound = 1 / math.sqrt(columns)
-        weights[f"{layer}.weight"] = (2 * torch.rand(rows, columns, generator=generator) - 1) * bound
-        weights[f"{layer}.bias"] = (2 * torch.rand(rows, generator=generator) - 1) * bound
+        # In place: the last layer is the largest tensor of all.
+        weights[f"{layer}.weight"] = torch.rand(rows, columns, generator=generator).mul_(2).sub_(1).mul_(bound)
+        weights[f"{layer}.bias"] = torch.rand(rows, generator=generator).mul_(2).sub_(1).mul_(bound)
     return Subspace(initial_prompt, unit, {k: w.to(initial_prompt.device) for k, w in weights.items()})
 
 
@@ -2172,7 +2173,7 @@ class SubspaceConfig:
 class SubspaceFits:
     """Subspaces of several dimensions that are learned side by side, on the same draws of tasks and rows.
 
-    Adafactor keeps next to nothing beside weights and gradients, where Adam keeps as much again; it learned better, too.
+    Adafactor keeps next to nothing beside the weights, where Adam keeps two more copies; it learned better, too.
     """
 
     def __init__(self, initial_prompt: Tensor, unit: float, configs: Sequence[SubspaceConfig]) -> None:
@@ -2218,9 +2219,9 @@ class SubspaceFits:
         """
         for optimizer, config, loss in zip(self.optimizers, self.configs, losses, strict=True):
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (self.step + 1) / 50, 2 * (total - self.step) / total)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()  # at once, so that gradients of one subspace at a time are in memory
         self.step += 1
         if self.step in (1, total) or self.step % 50 == 0:
             for config, loss in zip(self.configs, losses, strict=True):
