@@ -1765,6 +1765,10 @@ class Space(Protocol):
     """A frozen map from what learns to soft prompts."""
 
     @property
+    def initial_prompt(self) -> Tensor:
+        """Return the prompt that the others are differences to: (prompt_length, hidden)."""
+
+    @property
     def size(self) -> int:
         """Return how many numbers one task tunes."""
 
@@ -1957,7 +1961,7 @@ class JobTable:
 
     @property
     def row_lengths(self) -> float:
-        """Return the mean tokens of a training row, summed over the jobs."""
+        """Return the mean tokens of a training row without the prompt, summed over the jobs."""
         return sum(sum(map(len, train)) / len(train) for train, _ in self.rows)
 
     def keep(self, which: Sequence[int]) -> None:
@@ -2002,7 +2006,7 @@ def tune(
     """
     table, queue = JobTable(space.size, backbone.device), iter(jobs)
     while True:
-        while _has_slot(table, slots, backbone.budget, config) and (job := next(queue, None)):
+        while _has_slot(table, slots, backbone.budget, config, len(space.initial_prompt)) and (job := next(queue, None)):
             table.add(job, (resume or {}).get(digest(job.header)))
         if not table.jobs:
             return
@@ -2019,11 +2023,12 @@ def tune(
         on_step(table)
 
 
-def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig) -> bool:
+def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig, prompt_length: int) -> bool:
     """Tell whether one more job can be tuned beside those in the table."""
     if slots:
         return len(table.jobs) < slots
-    return len(table.jobs) < 16 or config.batch_size * table.row_lengths < 4 * budget.tokens
+    tokens = config.batch_size * (table.row_lengths + prompt_length * len(table.jobs))
+    return len(table.jobs) < 16 or tokens < 4 * budget.tokens
 
 
 def _step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
@@ -3328,11 +3333,21 @@ def plan_scores(experiment: Experiment) -> Plan:
 
 def plan_run(
     experiment: Experiment, tuning: Tuning, vector_tuning: Tuning, jobs: Sequence[Job], configs: Sequence[SubspaceConfig],
-    variants: Sequence[Variant],
+    variants: Sequence[Variant], data_seed: int,
 ) -> Iterator[Plan]:  # fmt: skip
-    """Yield the plans of all stages of `ipt run`, when no soft prompt of its jobs is there or some are missing."""
+    """Yield the plans of the stages of `ipt run`, of all of them while a soft prompt is missing, and of it all together.
+
+    When the soft prompts are there, those of the stages that still have work to do and do not depend on others that have.
+    """
     yield (prompts := plan_jobs(experiment, tuning, jobs))
-    if not prompts.rows:
+    if not prompts.seconds:
+        experiment.only.update(map(digest, subspace_headers(experiment, experiment.collected(), configs)[0]))
+        subspaces = plan_fit(experiment, configs)
+        plans = [subspaces] if subspaces.seconds else [
+            plan_jobs(experiment, vector_tuning, variant_jobs(experiment, vector_tuning, variant, data_seed)[1])
+            for variant in variants
+        ]  # fmt: skip
+        yield from (stage for stage in plans if stage.seconds)
         return
     config, seen = tuning.config(experiment), experiment.named("seen")
     pace = measure_pace(experiment, some_of(jobs), config)
@@ -3556,12 +3571,12 @@ def run(
     check_dims(experiment, dims)
     configs = [fitting.config(experiment, size) for size in dims]
     variants = [("subspace", size, "random") for size in dims] + [("subspace", dims[0], "seen"), ("random", dims[0], "random")]
-    for stage in plan_run(experiment, tuning, vector_tuning, prompts, configs, variants):
+    experiment.only.update(digest(job.header) for job in prompts)  # what other settings left in the cache changes nothing
+    for stage in plan_run(experiment, tuning, vector_tuning, prompts, configs, variants, data_seed):
         say(stage)
     if dry_run:
         return
     run_jobs(experiment, experiment.prompt_space, prompts, tuning, "collect")
-    experiment.only.update(digest(job.header) for job in prompts)  # what other settings left in the cache changes nothing
     experiment.only.update(map(digest, fit(experiment, configs)))
     for variant in variants:
         subspace, jobs = variant_jobs(experiment, vector_tuning, variant, data_seed)

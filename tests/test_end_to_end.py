@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,27 @@ def test_run_announces_its_plan_and_prints_the_table(whole_run: tuple[Path, list
     for quantity in ("T_train(MSF)", "T_test(MSF)", "T_train_diff(IST)", "T_test(IST)"):
         assert quantity in result.out
     assert re.search(r"^T_test\(IST\) +6 +random ", result.out, re.MULTILINE)
+
+
+def test_a_dry_run_tells_what_a_stopped_run_has_left(whole_run: tuple[Path, list[object], Result], tmp_path: Path) -> None:
+    cache, arguments, _ = whole_run
+    shutil.copytree(cache, tmp_path / "cache")
+
+    def plans() -> list[str]:
+        done = assert_done(run_ipt(*arguments[:-1], tmp_path / "cache", "--dry-run"))
+        return [line for line in done.err.splitlines() if line.startswith("plan: ")]
+
+    nothing = "plan: 0 jobs to tune, 7 done before"
+    assert plans() == [nothing]
+    for vector in list(tmp_path.glob("cache/*/intrinsic-vectors/*"))[:3]:
+        vector.unlink()
+    first, *others = plans()
+    assert first == nothing
+    assert sum(int(re.search(r"plan: (\d) jobs to tune", line)[1]) for line in others) == 3
+    next(tmp_path.glob("cache/*/subspaces/4-*")).unlink()
+    first, subspace = plans()
+    assert first == nothing
+    assert subspace.startswith("plan: subspaces of dim 4 from 5 prompts")
 
 
 def test_running_again_does_nothing_and_prints_the_same_table(whole_run: tuple[Path, list[object], Result]) -> None:

@@ -731,7 +731,7 @@ def test_without_a_number_of_slots_jobs_fill_a_pass_and_at_least_16_are_tuned(
 ) -> None:
     space, config, counts = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int]()
     lengths = [len(row) for row in rows_of(t5, tasks["mood-good"])]
-    tokens = 2 * sum(lengths) / len(lengths) * (at_once - 0.5 if at_once > 16 else 5) / 4
+    tokens = 2 * (3 + sum(lengths) / len(lengths)) * (at_once - 0.5 if at_once > 16 else 5) / 4
     jobs = (make_job(t5, tasks["mood-good"], torch.zeros(space.size), rate=n) for n in range(1, 40))
     monkeypatch.setattr(ipt, "_validate", lambda backbone, space, table, *others: counts.append(len(table.jobs)))
     list(ipt.tune(dataclasses.replace(t5, budget=ipt.Budget(round(tokens))), space, jobs, config))
