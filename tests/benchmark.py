@@ -224,6 +224,20 @@ def peak_memory(run: Callable[[], None]) -> tuple[float, float]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def in_turn(sides: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Run all sides in turn, several times after a run to warm up; return their seconds and their peak memory in GB."""
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    memory = dict.fromkeys(sides, 0.0)
+    for _ in range(repeats):
+        for name, run in sides.items():
+            took, peak = peak_memory(run)
+            seconds[name].append(took)
+            memory[name] = max(memory[name], peak)
+    return seconds, memory
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations per second of a large matrix product, the best of five."""
     n = 8192 if device.type == "cuda" else 1024
@@ -319,15 +333,7 @@ def tune_prompts(arguments: argparse.Namespace, device: torch.device) -> None:
         f"{arguments.prompt_length}, inputs of {statistics.mean(len(row.input_ids) for row in seen):.0f} tokens on average and "
         f"{max(len(row.input_ids) for row in seen)} at most, {'real' if CROSSFIT.exists() else 'assumed'} lengths"
     )
-    for run in sides.values():
-        run()  # warms up
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    memory = dict.fromkeys(sides, 0.0)
-    for _ in range(arguments.repeats):
-        for name, run in sides.items():
-            took, peak = peak_memory(run)
-            seconds[name].append(took)
-            memory[name] = max(memory[name], peak)
+    seconds, memory = in_turn(sides, arguments.repeats)
     middle = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name in sides:
         print(
