@@ -1378,7 +1378,7 @@ def memory_share() -> float:
     """
     if not torch.cuda.is_initialized():
         return 1.0
-    share = torch.cuda.max_memory_allocated() / torch.cuda.mem_get_info()[1]
+    share = torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.reset_peak_memory_stats()
     return share
 
@@ -1715,8 +1715,14 @@ def load_backbone(
     elif model._supports_sdpa:
         share_position_bias(model)
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    budgets = (Budget(1 << 10), Budget(1 << 12)) if place.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
-    return Backbone(name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), *budgets)
+    return Backbone(
+        name, model, tokenizer, fingerprint(model, tokenizer), min(max_length, positions), *first_budgets(place)
+    )  # fmt: skip
+
+
+def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
+    """Return what is tried first, forward and backward, and forward only."""
+    return (Budget(1 << 10), Budget(1 << 12)) if device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
 
 
 def share_position_bias(model: Any) -> None:
@@ -1732,7 +1738,8 @@ def share_position_bias(model: Any) -> None:
         bias = options.pop("position_bias", None)
         if bias is not None and mask is not None:
             if getattr(bias, "joined_with", None) is not mask:  # kept on the bias, so that it goes when the pass is over
-                bias.joined_with, bias.joined = mask, torch.where(mask, bias, torch.finfo(query.dtype).min)
+                # T5 computes its bias heads last; the fused kernels of a GPU want keys last.
+                bias.joined_with, bias.joined = mask, torch.where(mask, bias.contiguous(), torch.finfo(query.dtype).min)
             mask, bias = bias.joined, None
         return sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **options)
 
@@ -1915,7 +1922,7 @@ class Job:
     rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
     """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
     cost: float = 1.0
-    """How much work it is beside other jobs, such as the letters of its rows: by it ranks share the jobs."""
+    """How much work it is beside other jobs: by it ranks share the jobs."""
 
     @property
     def name(self) -> str:
@@ -2149,7 +2156,7 @@ class SubspaceConfig:
     warmup_steps: int = 200
     """Updates before those, on the reconstruction error alone; they do not touch the backbone."""
     learning_rate: float = 0.03
-    """Of Adafactor, relative to a weight's root mean square; warmed up and decayed linearly."""
+    """Of Adafactor, relative to a weight's root mean square; warmed up and decayed linearly, at most 1 / sqrt(step)."""
     tasks_per_step: int = 16
     """Tasks drawn uniformly for a step of the LM loss: all tasks weigh the same."""
     rows_per_task: int = 4
@@ -2220,21 +2227,19 @@ class SubspaceFits:
         """Take a step for each subspace, its rate warmed up, then falling linearly over the second half.
 
         Raises:
-            IptError: a loss is not finite. Looked at now and then: a look makes the host wait for the device.
+            IptError: a loss is not finite.
         """
         for optimizer, config, loss in zip(self.optimizers, self.configs, losses, strict=True):
+            if not loss.isfinite():
+                raise IptError(
+                    f"subspace of dim {config.dim}: the loss is not finite at step {self.step + 1}: use a smaller --alpha, or "
+                    "--precision fp32"
+                )
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (self.step + 1) / 50, 2 * (total - self.step) / total)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()  # at once, so that gradients of one subspace at a time are in memory
         self.step += 1
-        if self.step in (1, total) or self.step % 50 == 0:
-            for config, loss in zip(self.configs, losses, strict=True):
-                if not loss.isfinite():
-                    raise IptError(
-                        f"subspace of dim {config.dim}: the loss is not finite by step {self.step}: use a smaller --alpha, or "
-                        "--precision fp32"
-                    )
 
 
 def fit_subspaces(
@@ -2681,15 +2686,13 @@ class Experiment:
         kind = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else loaded.device.type
         return self._folder(loaded) / "budgets" / f"{file_name(f'{platform.node()}-{kind}')}.json"
 
-    @property
-    def budgets(self) -> bytes:
-        """Return what is known about how much fits into memory, as its file holds it."""
-        return json.dumps([astuple(self.model.budget), astuple(self.model.answer_budget)]).encode()
-
-    def remember_budgets(self, before: bytes) -> None:
+    def remember_budgets(self) -> None:
         """Keep what was found out about how much fits into memory, for the next command on this machine."""
-        if self.budgets != before:
-            write_bytes(self._budget_file(self.model), self.budgets)
+        file, first = self._budget_file(self.model), first_budgets(self.model.device)
+        known = json.loads(file.read_bytes()) if file.exists() else [list(astuple(budget)) for budget in first]
+        found = [list(astuple(budget)) for budget in (self.model.budget, self.model.answer_budget)]
+        if rank() == 0 and found != known:
+            write_bytes(file, json.dumps(found).encode())
 
     @cached_property
     def store(self) -> Cache:
@@ -2720,6 +2723,10 @@ class Experiment:
             source = self.task(task).source
             self._samples[task, data_seed] = source.sample(data_seed, shots=self.shots, test_rows=self.preset("test_rows"))
         return self._samples[task, data_seed]
+
+    def row_cost(self, examples: Sequence[Example]) -> float:
+        """Return roughly how many tokens a row of these is, its prompt among them: English has some four letters a token."""
+        return float(self.preset("prompt_length") + _mean(len(e.input) for e in examples) / 4)
 
     def with_rows(self, tasks: Iterable[str], data_seed: int) -> list[str]:
         """Return the tasks whose rows can be had; the others are told at once, and again at the end."""
@@ -2836,8 +2843,9 @@ def make_jobs(
             data=experiment.data_digest(task, data_seed), decoding=experiment.decoding,
             tuning=asdict(tuning.config(experiment)), learning_rate=rate, **more,
         )  # fmt: skip
-        letters = [len(e.input) for e in experiment.sample(task, data_seed).train]
-        return Job(header, draw(task), partial(rows, task), cost=sum(letters) / len(letters))
+        config, sample = tuning.config(experiment), experiment.sample(task, data_seed)
+        passes = 2 * config.steps * config.batch_size + config.evaluations * len(sample.validation)  # backward is one more
+        return Job(header, draw(task), partial(rows, task), cost=passes * experiment.row_cost(sample.train))
 
     rates = tuning.learning_rate or [experiment.preset("learning_rate" if kind == "soft-prompt" else "vector_learning_rate")]
     return [job(task, rate) for task in experiment.with_rows(tasks, data_seed) for rate in rates]
@@ -2881,15 +2889,20 @@ def variant_jobs(experiment: Experiment, tuning: Tuning, variant: Variant, data_
     return subspace, list(itertools.chain(*jobs))
 
 
+def waiting_jobs(experiment: Experiment, jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that the cache has no results of, the same on all ranks."""
+    return [jobs[n] for n in from_first_rank([n for n, job in enumerate(jobs) if not experiment.store.has(job.header)])]
+
+
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
-    waiting = [jobs[n] for n in from_first_rank([n for n, job in enumerate(jobs) if not store.has(job.header)])]
+    waiting = waiting_jobs(experiment, jobs)
     own = [waiting[n] for n in own_share([job.cost for job in waiting])]
     # One checkpoint per set of jobs and rank: another command in between leaves it alone.
     unfinished = store.folder / "unfinished"
     checkpoint = unfinished / f"{digest({'jobs': [digest(job.header) for job in jobs]})}-{rank()}.safetensors"
-    saved, done, budgets = time.monotonic(), 0, experiment.budgets
+    saved, done = time.monotonic(), 0
     name = "soft_prompt" if isinstance(space, PromptSpace) else "intrinsic_vector"
     latest: tuple[list[Job], dict[str, Tensor]] = [], {}
 
@@ -2920,8 +2933,8 @@ def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: 
                 save_unfinished()
             raise
     wait_for_ranks()
+    experiment.remember_budgets()
     if waiting and rank() == 0:
-        experiment.remember_budgets(budgets)
         remove_finished(unfinished, {digest(job.header) for job in jobs})
 
 
@@ -3002,6 +3015,7 @@ def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[
             figures = {"unit": subspace.unit} | dict(zip(("lm_loss", "unexplained"), losses, strict=True))
             store.save(headers[n], {k: v for k, v in figures.items() if math.isfinite(v)}, subspace.weights)
         checkpoint.unlink(missing_ok=True)
+    experiment.remember_budgets()
     wait_for_ranks()
     return headers
 
@@ -3142,7 +3156,8 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
     tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
     files = score_files(experiment, wanted)
     missing = from_first_rank([i for i, file in enumerate(files) if not file.exists()])
-    own = [missing[n] for n in own_share([len(tests[wanted[i].score.task]) for i in missing])]
+    costs = {task: len(rows) * experiment.row_cost(rows) for task, rows in tests.items()}
+    own = [missing[n] for n in own_share([costs[wanted[i].score.task] for i in missing])]
     with progress("test scores", len(own)) as advance:
         for start in range(0, len(own), 32):
             some = own[start : start + 32]
@@ -3155,21 +3170,26 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
                 value = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
                 write_bytes(files[i], json.dumps({"score": value, "n": len(examples), "task": wanted[i].score.task}).encode())
             advance(start + len(some))
+    experiment.remember_budgets()
     wait_for_ranks()
     return [replace(c.score, value=json.loads(file.read_bytes())["score"]) for c, file in zip(wanted, files, strict=True)]
 
 
-def floor_scores(experiment: Experiment, tasks: Iterable[str]) -> list[Score]:
-    """Return what costs nothing: the backbone without any prompt, and the commonest training answer to every test row."""
+def without_prompt(experiment: Experiment, tasks: Iterable[str]) -> list[Candidate]:
+    """Return the backbone without any prompt, for each task."""
     empty = torch.zeros(0, experiment.model.hidden, device=experiment.model.device)
-    without = [Candidate(Score("no prompt", task, "prompt"), digest({"prompt": None}), lambda: empty) for task in tasks]
+    return [Candidate(Score("no prompt", task, "prompt"), digest({"prompt": None}), lambda: empty) for task in tasks]
+
+
+def floor_scores(experiment: Experiment, tasks: Sequence[str]) -> list[Score]:
+    """Return what costs nothing: the backbone without any prompt, and the commonest training answer to every test row."""
     majority = []
     for task in tasks:
         sample = experiment.sample(task, COLLECTION_SEED)
         commonest = Counter(e.answers[0] for e in sample.train).most_common(1)[0][0]
         value = METRICS[experiment.task(task).metric]([commonest] * len(sample.test), [e.answers for e in sample.test])
         majority.append(Score("majority answer", task, "prompt", value=value))
-    return test_scores(experiment, without) + majority
+    return test_scores(experiment, without_prompt(experiment, tasks)) + majority
 
 
 def evaluate(experiment: Experiment) -> tuple[dict[str, Any], list[Score]]:
@@ -3214,6 +3234,8 @@ class Plan:
     """Of wall time, all ranks working."""
     size: float = 0
     """Bytes of files."""
+    pace: Pace | None = None
+    """What the seconds of tuning come from."""
 
     def __str__(self) -> str:
         """Return it as a sentence."""
@@ -3262,12 +3284,12 @@ def plan_tuning(experiment: Experiment, config: TuneConfig, pace: Pace, count: i
     trained, answered = config.steps * config.batch_size, config.evaluations * pace.validation_rows
     rows = count * (trained + answered)
     seconds = count * (config.steps * pace.step + answered * pace.answer) / n_ranks()
-    return Plan(work, rows, rows * (experiment.preset("prompt_length") + pace.length), seconds, 4 * count * size)
+    return Plan(work, rows, rows * (experiment.preset("prompt_length") + pace.length), seconds, 4 * count * size, pace)
 
 
 def plan_jobs(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job]) -> Plan:
     """Return the plan of those jobs that the cache has no results of."""
-    waiting = [job for job in jobs if not experiment.store.has(job.header)]
+    waiting = waiting_jobs(experiment, jobs)
     work = f"{len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
     if not waiting:
         return Plan(work)
@@ -3318,6 +3340,7 @@ def plan_scores(experiment: Experiment) -> Plan:
     """Return the plan of the scores that the cache does not hold, by the rows of the first."""
     experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
     wanted = candidates(experiment)
+    wanted += without_prompt(experiment, [c.score.task for c in wanted if c.score.quantity == "prompt tuning"])
     files = score_files(experiment, wanted)
     missing = [candidate for candidate, file in zip(wanted, files, strict=True) if not file.exists()]
     work = f"{len(missing)} prompts to score, {len(wanted) - len(missing)} scored before"
@@ -3335,22 +3358,14 @@ def plan_run(
     experiment: Experiment, tuning: Tuning, vector_tuning: Tuning, jobs: Sequence[Job], configs: Sequence[SubspaceConfig],
     variants: Sequence[Variant], data_seed: int,
 ) -> Iterator[Plan]:  # fmt: skip
-    """Yield the plans of the stages of `ipt run`, of all of them while a soft prompt is missing, and of it all together.
-
-    When the soft prompts are there, those of the stages that still have work to do and do not depend on others that have.
-    """
+    """Yield the plans of the stages of `ipt run`, and of all of it while a soft prompt is missing."""
     yield (prompts := plan_jobs(experiment, tuning, jobs))
-    if not prompts.seconds:
-        experiment.only.update(map(digest, subspace_headers(experiment, experiment.collected(), configs)[0]))
-        subspaces = plan_fit(experiment, configs)
-        plans = [subspaces] if subspaces.seconds else [
-            plan_jobs(experiment, vector_tuning, variant_jobs(experiment, vector_tuning, variant, data_seed)[1])
-            for variant in variants
-        ]  # fmt: skip
-        yield from (stage for stage in plans if stage.seconds)
+    config, seen, pace = tuning.config(experiment), experiment.named("seen"), prompts.pace
+    if pace is None:
+        yield from plan_rest(experiment, vector_tuning, configs, variants, data_seed)
         return
-    config, seen = tuning.config(experiment), experiment.named("seen")
-    pace = measure_pace(experiment, some_of(jobs), config)
+    if not seen:
+        return
     initial, generator = experiment.prompt_space.initial_prompt, torch.Generator().manual_seed(0)
     stand_in = initial + torch.randn((len(seen), *initial.shape), generator=generator).to(initial)
     rows = [experiment.encoded(experiment.sample(task, COLLECTION_SEED).train) for task in seen]
@@ -3363,6 +3378,22 @@ def plan_run(
     tokens, seconds = answered * (experiment.preset("prompt_length") + pace.length), answered * pace.answer / n_ranks()
     yield (scores := Plan(f"{n_scores} prompts to score", answered, tokens, seconds))
     yield Plan("all of it", seconds=sum(stage.seconds for stage in (prompts, subspaces, vectors, scores)))
+
+
+def plan_rest(
+    experiment: Experiment, tuning: Tuning, configs: Sequence[SubspaceConfig], variants: Sequence[Variant], data_seed: int
+) -> Iterator[Plan]:
+    """Yield the plans of what `ipt run` has left behind its soft prompts, as far as that depends on nothing still missing."""
+    experiment.only.update(map(digest, subspace_headers(experiment, experiment.collected(), configs)[0]))
+    plans = [plan_fit(experiment, configs)]
+    if not plans[0].seconds:
+        for variant in variants:
+            jobs = variant_jobs(experiment, tuning, variant, data_seed)[1]
+            experiment.only.update(digest(job.header) for job in jobs)
+            plans.append(plan_jobs(experiment, tuning, jobs))
+    if not any(stage.seconds for stage in plans):
+        plans.append(plan_scores(experiment))
+    yield from (stage for stage in plans if stage.seconds)
 
 
 # --- Command line --------------------------------------------------------------------------------

@@ -289,6 +289,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(machine(device))
+    if device.type == "cpu":
+        print("no GPU here: what is said of GPUs, 64 tasks on the shapes t5-base and bart-base, is not measured")
     if arguments.subspace:
         fit_subspace(arguments.shape, arguments.subspace)
     else:

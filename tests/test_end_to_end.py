@@ -244,6 +244,11 @@ def test_a_dry_run_tells_what_a_stopped_run_has_left(whole_run: tuple[Path, list
 
     nothing = "plan: 0 jobs to tune, 7 done before"
     assert plans() == [nothing]
+    for score in list(tmp_path.glob("cache/*/scores/*"))[:5]:
+        score.unlink()
+    first, scores = plans()
+    assert first == nothing
+    assert scores.startswith("plan: 5 prompts to score, 51 scored before")
     for vector in list(tmp_path.glob("cache/*/intrinsic-vectors/*"))[:3]:
         vector.unlink()
     first, *others = plans()
