@@ -2163,7 +2163,7 @@ class SubspaceConfig:
     """Training rows of each drawn task."""
     alpha: float = 10.0
     """Weight of the reconstruction error (share of variance unexplained) beside the LM loss (mean per token)."""
-    noise: float = 0.1
+    noise: float = 0.2
     """Standard deviation of noise on intrinsic vectors, whose own is about one: makes the subspace smooth between the tasks."""
     lm_loss: bool = True
     reconstruction_loss: bool = True
@@ -2582,7 +2582,7 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (240, 1000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (280, 1000),
     "evaluations": (2, 5), "batch_size": (1, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1),
     "subspace_steps": (120, 2000),
 }  # fmt: skip
