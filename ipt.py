@@ -128,7 +128,8 @@ class World:
 
     def draw(self, rng: random.Random) -> Scene:
         """Fill every slot with an entry drawn uniformly."""
-        return {slot: rng.choice(self.lexicon[table]) for slot, table in self.slots.items()}
+        # A label that is rare takes many draws, and `rng.choice` would take most of their time.
+        return {slot: entries[int(rng.random() * len(entries))] for slot, entries in self._entries.items()}
 
     def describe(self, scene: Scene) -> str:
         """Return the sentence that tells a scene."""
@@ -141,6 +142,11 @@ class World:
     def values(self, slot: str, column: str) -> list[str]:
         """Return the distinct values of a column, in the lexicon's order."""
         return list(dict.fromkeys(getattr(entry, column) for entry in self.lexicon[self.slots[slot]]))
+
+    @cached_property
+    def _entries(self) -> dict[str, list[SimpleNamespace]]:
+        """Return slot -> what fills it."""
+        return {slot: self.lexicon[table] for slot, table in self.slots.items()}
 
     @cached_property
     def _known(self) -> dict[str, set[str]]:
@@ -316,13 +322,16 @@ class Example:
     """The last so many characters of `input` that truncation spares: it cuts the end of what stands before them."""
 
 
+Rows = tuple[Example, ...]
+
+
 @dataclass(frozen=True)
 class FewShotSample:
     """A task's rows for one data seed; the test rows are the same for all seeds."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Rows
+    validation: Rows
+    test: Rows
 
 
 class Source(Protocol):
@@ -477,7 +486,7 @@ def load_tasks(file: Path) -> dict[str, Task]:
     return tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorldRows:
     """Rows of a world without end; a sentence's checksum decides its part, so that train, validation and test never meet."""
 
@@ -491,18 +500,25 @@ class WorldRows:
 
     def sample(self, data_seed: int, *, shots: int, test_rows: int | None) -> FewShotSample:
         """Draw rows, as many of every label for classification."""
-        labels = self.world.labels(self.question) if self.kind == "classification" else [None]
-        count = shots * len(labels) if labels != [None] else 2 * shots
+        count = shots * len(self._answers) if self.kind == "classification" else 2 * shots
         return FewShotSample(
-            train=tuple(itertools.islice(self._draw(f"train {data_seed}", parts=(2, 3), labels=labels), count)),
-            validation=tuple(itertools.islice(self._draw(f"validation {data_seed}", parts=(1,), labels=labels), count)),
-            test=tuple(itertools.islice(self._draw("test", parts=(0,), labels=labels), 1000 if test_rows is None else test_rows)),
+            train=self.draw(count, f"train {data_seed}", (2, 3)),
+            validation=self.draw(count, f"validation {data_seed}", (1,)),
+            test=_test_rows(self, 1000 if test_rows is None else test_rows),
         )
 
-    def _draw(self, stream: str, *, parts: tuple[int, ...], labels: Sequence[str | None]) -> Iterator[Example]:
-        """Yield examples of one of the four parts of all sentences, the wanted label going round; no sentence comes twice."""
-        rng, seen = random.Random(f"{self.question} {stream}"), set()
-        for label in itertools.cycle(labels):
+    def draw(self, count: int, stream: str, parts: Collection[int]) -> Rows:
+        """Return so many rows of some of the four parts of all sentences; the stream's name is the seed."""
+        return tuple(itertools.islice(self._draw(random.Random(f"{self.question} {stream}"), parts), count))
+
+    @cached_property
+    def _answers(self) -> list[str]:
+        return self.world.labels(self.question)
+
+    def _draw(self, rng: random.Random, parts: Collection[int]) -> Iterator[Example]:
+        """Yield examples, the wanted label going round for classification; no sentence comes twice."""
+        seen = set[str]()
+        for label in itertools.cycle(self._answers if self.kind == "classification" else [None]):
             for _ in range(100_000):
                 scene = self.world.draw(rng)
                 sentence = self.world.describe(scene)
@@ -520,14 +536,20 @@ class WorldRows:
                 options = self._draw_options(answer, rng)
                 yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
             else:
-                yield Example(sentence, (answer,), tuple(self.world.labels(self.question)) if label else ())
+                yield Example(sentence, (answer,), tuple(self._answers) if label else ())
 
     def _draw_options(self, answer: str, rng: random.Random) -> tuple[str, ...]:
         """Return the answer among up to two other answers that the question can have, in random order."""
         options = {answer}
-        while len(options) < min(3, len(self.world.labels(self.question))):
+        while len(options) < min(3, len(self._answers)):
             options.add(self.world.answer(self.question, self.world.draw(rng)))
         return tuple(rng.sample(sorted(options), len(options)))
+
+
+@lru_cache(maxsize=1000)
+def _test_rows(source: WorldRows, count: int) -> Rows:
+    """Draw the test rows, which all data seeds share."""
+    return source.draw(count, "test", (0,))
 
 
 OPTION_MARK = "|"
@@ -538,7 +560,6 @@ OPTION_MARK = "|"
 # Rows in, rows out, in CrossFit's order and, as a TSV file, in CrossFit's bytes, so that its published MD5s can be compared.
 
 CROSSFIT_SEEDS = (100, 13, 21, 42, 87)
-Rows = tuple[Example, ...]
 
 
 def crossfit_sample(rows: Sequence[Example], *, seed: int, shots: int, per_label: bool) -> tuple[Rows, Rows]:
@@ -1347,28 +1368,52 @@ class Budget:
         """Call `work` on lists of row numbers, the longest rows first and rows of like length together."""
         order, done = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
         while done < len(order):
-            longest = lengths[order[done]]
-            size = max(1, self.tokens // longest)
-            try:
-                work(order[done : done + size])
-                if done + size <= len(order):
-                    self._grow()
-                done += size
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                if size == 1:
-                    raise IptError(
-                        f"one row of {longest} tokens does not fit into memory: "
-                        "shorten it with --max-length or use a smaller backbone"
-                    ) from error
-                self.most = min(self.most, longest * size)
-                self.tokens = longest * (size // 2)
+            tokens = self.tokens
+            for size in pass_sizes([lengths[row] for row in order[done:]], tokens):
+                if self._try(order[done : done + size], lengths, work):
+                    done += size
+                if self.tokens != tokens:
+                    break
 
-    def _grow(self) -> None:
-        """Double after a full pass that left more than half of the memory free."""
-        if 2 * self.tokens < self.most and memory_share() < 0.4:
+    def _try(self, rows: list[int], lengths: Sequence[int], work: Callable[[list[int]], None]) -> bool:
+        """Tell whether a pass fitted into memory, and learn from it how large the next may be."""
+        longest = lengths[rows[0]]
+        used = longest * len(rows)
+        try:
+            work(rows)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if len(rows) == 1:
+                raise IptError(
+                    f"one row of {longest} tokens does not fit into memory: "
+                    "shorten it with --max-length or use a smaller backbone"
+                ) from error
+            self.most, self.tokens = min(self.most, used), longest * (len(rows) // 2)
+            return False
+        # Double when not all rows fitted, and twice as many tokens would leave some memory free.
+        if len(rows) < len(lengths) and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
             self.tokens *= 2
+        return True
+
+
+def pass_sizes(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Cut rows, the longest first, into passes of at most so many tokens with the padding, so that they cost the least.
+
+    A pass costs its tokens and, whatever it holds, about what an eighth of a full one does: `tests/benchmark.py --budgets`.
+    """
+    # From the last row on: the first pass of the cheapest way to do a row and all behind it, and the cost of that way.
+    first, costs = [0] * len(lengths), np.zeros(len(lengths) + 1)
+    counts = np.arange(1, len(lengths) + 1)
+    for row in reversed(range(len(lengths))):
+        most = min(max(1, tokens // lengths[row]), len(lengths) - row)
+        totals = lengths[row] * counts[:most] + costs[row + 1 : row + most + 1]
+        first[row] = most - int(totals[::-1].argmin())  # of equals the largest
+        costs[row] = tokens / 8 + totals[first[row] - 1]
+    sizes = list[int]()
+    while (row := sum(sizes)) < len(lengths):
+        sizes.append(first[row])
+    return sizes
 
 
 def memory_share() -> float:
@@ -1519,13 +1564,16 @@ class Backbone:
             row[: len(values)] = values
         return to_device(ids, self.device), np.arange(width) < np.array([[len(row)] for row in rows])
 
-    def answer(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: str = "options") -> list[Answer]:
+    def answer(
+        self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: str = "options", losses: bool = True
+    ) -> list[Answer]:
         """Answer rows, each behind the soft prompt that it names.
 
         Args:
             soft_prompts: (tasks, prompt_length, hidden).
             rows: (index of the soft prompt, example).
             decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily.
+            losses: whether to compute the loss of the right answer, too.
         """
         answers: dict[int, Answer] = {}
 
@@ -1534,18 +1582,18 @@ class Backbone:
             prompts = soft_prompts[to_device([rows[n][0] for n in numbers], self.device)]
             begun = self._begin(*self.encoder_states(prompts, [e.input_ids for e in chunk]))
             choosing = {i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"}
-            wanted = [(i, e.target_ids) for i, e in enumerate(chunk)]
+            wanted = [(i, e.target_ids) for i, e in enumerate(chunk) if losses]
             wanted += [(i, option) for i in sorted(choosing) for option in chunk[i].option_ids]
             # An option that is the right answer, as one is, need not be scored twice.
             places = {(i, tuple(text)): None for i, text in wanted}
-            losses = dict(zip(places, self._text_losses(begun, list(places)), strict=True))
+            loss_of = dict(zip(places, self._text_losses(begun, list(places)), strict=True))
             texts = self._generate(begun, chunk, [i for i in range(len(chunk)) if i not in choosing])
             for i in choosing:
-                options = [losses[i, tuple(option)] for option in chunk[i].option_ids]
+                options = [loss_of[i, tuple(option)] for option in chunk[i].option_ids]
                 texts[i] = chunk[i].example.options[options.index(min(options))]
             for i, n in enumerate(numbers):
-                target = chunk[i].target_ids
-                answers[n] = Answer(texts[i], losses[i, tuple(target)] / len(target))
+                target = tuple(chunk[i].target_ids)
+                answers[n] = Answer(texts[i], loss_of[i, target] / len(target) if losses else math.nan)
 
         with torch.inference_mode():
             self.answer_budget.run([soft_prompts.shape[1] + len(e) for _, e in rows], work)
@@ -1560,8 +1608,10 @@ class Backbone:
     def _text_losses(self, begun: Begun, texts: Sequence[tuple[int, Sequence[int]]]) -> list[float]:
         """Return minus the log-likelihood of texts, each given as its row and its tokens, summed over these."""
         losses: list[float] = []
-        for start in range(0, len(texts), 2048):
-            piece = texts[start : start + 2048]
+        # Each text brings a copy of its row's keys and values, but no pass through the encoder.
+        size = max(1, 4 * self.answer_budget.tokens // begun.states.shape[1])
+        for start in range(0, len(texts), size):
+            piece = texts[start : start + size]
             at = to_device([i for i, _ in piece], self.device)
             tokens, real = self._pad([text for _, text in piece], 0)
             sums = torch.nn.functional.cross_entropy(begun.logits[at], tokens[:, 0], reduction="none")
@@ -1657,10 +1707,11 @@ class Begun:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the backbone answered to a row, and the mean loss per token of the right answer."""
+    """What the backbone answered to a row."""
 
     text: str
     loss: float
+    """Mean loss per token of the right answer; nan when it was not asked for."""
 
 
 def load_backbone(
@@ -1722,7 +1773,7 @@ def load_backbone(
 
 def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
     """Return what is tried first, forward and backward, and forward only."""
-    return (Budget(1 << 10), Budget(1 << 12)) if device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
+    return (Budget(1 << 10), Budget(1 << 11)) if device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
 
 
 def share_position_bias(model: Any) -> None:
@@ -1904,6 +1955,8 @@ class TuneConfig:
     """How often in a run the validation rows are scored; the best checkpoint is kept."""
     patience: int = 3
     """Evaluations without a better one after which a job ends; 0 for never."""
+    solved: float = 0.03
+    """Loss per token of the validation rows under which a job ends that answers all of them right: nothing is left to learn."""
 
     @property
     def evaluate_every(self) -> int:
@@ -2022,12 +2075,19 @@ def tune(
         due = [i for i, step in enumerate(steps.tolist()) if step % config.evaluate_every == 0 or step == config.steps]
         if due:
             _validate(backbone, space, table, due, decoding)
-        late = steps - table.state["best_step"] >= (config.patience or math.inf) * config.evaluate_every
-        done = [i for i in due if steps[i] == config.steps or late[i]]
+        over = _over(table.state, config)
+        done = [i for i in due if over[i]]
         yield from (table.result(i, space) for i in done)
         if done:
             table.keep([i for i in range(len(table.jobs)) if i not in done])
         on_step(table)
+
+
+def _over(state: Mapping[str, Tensor], config: TuneConfig) -> list[bool]:
+    """Tell which jobs end here: their steps are done, they get no better, or they cannot."""
+    late = state["step"] - state["best_step"] >= (config.patience or math.inf) * config.evaluate_every
+    solved = (state["best_score"] == 1) & (state["best_loss"] < config.solved)
+    return cast("list[bool]", (late | solved | (state["step"] == config.steps)).tolist())
 
 
 def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig, prompt_length: int) -> bool:
@@ -2533,9 +2593,9 @@ class Cache:
         """Return where the file with this header is or would be."""
         return self.folder / f"{header['kind']}s" / f"{header.get('task', header.get('dim'))}-{digest(header)}.safetensors"
 
-    def has(self, header: Mapping[str, Any]) -> bool:
-        """Tell whether this very work has been done."""
-        return self.path(header).exists()
+    def lacking(self, headers: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return which of these files are not there yet, the same on all ranks."""
+        return cast("list[int]", from_first_rank([n for n, header in enumerate(headers) if not self.path(header).exists()]))
 
     def save(self, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a file."""
@@ -2582,9 +2642,9 @@ def _rank(artifact: Artifact) -> tuple[float, float]:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 PRESETS: dict[str, tuple[Any, Any]] = {
-    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (100, 1000), "steps": (280, 1000),
+    "split": (TESTBED, "random"), "prompt_length": (8, 100), "test_rows": (64, 1000), "steps": (280, 1000),
     "evaluations": (2, 5), "batch_size": (1, 8), "learning_rate": (0.3, 0.1), "vector_learning_rate": (0.1, 0.1),
-    "subspace_steps": (120, 2000),
+    "subspace_steps": (120, 2000), "rows_per_task": (2, 4),
 }  # fmt: skip
 """Defaults on the testbed's backbone, and on any other."""
 
@@ -2709,7 +2769,7 @@ class Experiment:
         return {}
 
     @cached_property
-    def _encoded(self) -> dict[tuple[Example, ...], list[Encoded]]:
+    def _encoded(self) -> dict[Rows, list[Encoded]]:
         return {}
 
     @cached_property
@@ -2745,7 +2805,7 @@ class Experiment:
         sample = self.sample(task, data_seed)
         return digest({"rows": [rows_digest(sample.train), rows_digest(sample.validation)]})
 
-    def encoded(self, examples: tuple[Example, ...]) -> list[Encoded]:
+    def encoded(self, examples: Rows) -> list[Encoded]:
         """Return rows of a task as tokens, made once."""
         if examples not in self._encoded:
             self._encoded[examples] = self.model.encode(examples, prompt_length=self.preset("prompt_length"))
@@ -2889,15 +2949,10 @@ def variant_jobs(experiment: Experiment, tuning: Tuning, variant: Variant, data_
     return subspace, list(itertools.chain(*jobs))
 
 
-def waiting_jobs(experiment: Experiment, jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs that the cache has no results of, the same on all ranks."""
-    return [jobs[n] for n in from_first_rank([n for n, job in enumerate(jobs) if not experiment.store.has(job.header)])]
-
-
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
-    waiting = waiting_jobs(experiment, jobs)
+    waiting = [jobs[n] for n in store.lacking([job.header for job in jobs])]
     own = [waiting[n] for n in own_share([job.cost for job in waiting])]
     # One checkpoint per set of jobs and rank: another command in between leaves it alone.
     unfinished = store.folder / "unfinished"
@@ -2974,13 +3029,15 @@ class Fitting:
     def config(self, experiment: Experiment, dim: int) -> SubspaceConfig:
         """Return the configuration for one dimension."""
         options = {name: value for name, value in asdict(self).items() if name != "subspace_steps"}
-        return SubspaceConfig(dim=dim, steps=self.subspace_steps or experiment.preset("subspace_steps"), **options)
+        steps, rows = self.subspace_steps or experiment.preset("subspace_steps"), experiment.preset("rows_per_task")
+        return SubspaceConfig(dim=dim, steps=steps, rows_per_task=rows, **options)
 
 
 def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[str, Any]]:
     """Find the subspaces of the seen tasks' prompts that the cache does not hold yet; return the headers of all."""
     collection, store = experiment.collected(), experiment.store
-    headers, waiting = subspace_headers(experiment, collection, configs)
+    headers = subspace_headers(experiment, collection, configs)
+    waiting = store.lacking(headers)
     if not waiting:
         return headers
     checkpoint = store.folder / "unfinished-subspaces" / f"{digest({'subspaces': [headers[n] for n in waiting]})}.safetensors"
@@ -3021,12 +3078,11 @@ def fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> list[dict[
 
 
 def subspace_headers(
-    experiment: Experiment, collection: Iterable[Artifact], configs: Sequence[SubspaceConfig]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the headers of subspaces of a collection, and which of them the cache does not hold yet."""
+    experiment: Experiment, collection: Iterable[Artifact], configs: Iterable[SubspaceConfig]
+) -> list[dict[str, Any]]:
+    """Return the headers of subspaces of a collection."""
     prompts = [a.digest for a in collection]
-    headers = [experiment.header("subspace", dim=c.dim, prompts=prompts, config=asdict(c)) for c in configs]
-    return headers, from_first_rank([n for n, header in enumerate(headers) if not experiment.store.has(header)])
+    return [experiment.header("subspace", dim=c.dim, prompts=prompts, config=asdict(c)) for c in configs]
 
 
 def collection_rows(experiment: Experiment, collection: Iterable[Artifact]) -> list[list[Encoded]]:
@@ -3164,7 +3220,7 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
             encoded = [experiment.encoded(tests[wanted[i].score.task]) for i in some]
             prompts = torch.stack([wanted[i].soft_prompt() for i in some])
             pairs = [(at, example) for at, examples in enumerate(encoded) for example in examples]
-            answers = iter(experiment.model.answer(prompts, pairs, decoding=experiment.decoding))
+            answers = iter(experiment.model.answer(prompts, pairs, decoding=experiment.decoding, losses=False))
             for i, examples in zip(some, encoded, strict=True):
                 texts = [answer.text for answer in itertools.islice(answers, len(examples))]
                 value = METRICS[experiment.task(wanted[i].score.task).metric](texts, [e.example.answers for e in examples])
@@ -3289,10 +3345,11 @@ def plan_tuning(experiment: Experiment, config: TuneConfig, pace: Pace, count: i
 
 def plan_jobs(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job]) -> Plan:
     """Return the plan of those jobs that the cache has no results of."""
-    waiting = waiting_jobs(experiment, jobs)
+    waiting = [jobs[n] for n in experiment.store.lacking([job.header for job in jobs])]
     work = f"{len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
     if not waiting:
         return Plan(work)
+    work += f", {tuning.config(experiment).steps} steps each at most"
     config, rows = tuning.config(experiment), [e for job in waiting for part in job.rows() for e in part]
     if truncated := sum(e.truncated for e in rows):
         work += f", {truncated} of {len(rows)} rows truncated"
@@ -3308,7 +3365,7 @@ def some_of(jobs: Sequence[Job]) -> Sequence[Job]:
 def plan_fit(experiment: Experiment, configs: Sequence[SubspaceConfig]) -> Plan:
     """Return the plan of those subspaces that the cache does not hold."""
     collection = experiment.collected()
-    _, waiting = subspace_headers(experiment, collection, configs)
+    waiting = experiment.store.lacking(subspace_headers(experiment, collection, configs))
     if not waiting:
         return Plan(f"0 subspaces to find, {len(configs)} found before")
     rows = collection_rows(experiment, collection)
@@ -3348,7 +3405,8 @@ def plan_scores(experiment: Experiment) -> Plan:
         return Plan(work)
     rows = [experiment.encoded(experiment.sample(c.score.task, COLLECTION_SEED).test) for c in missing]
     begin = time.perf_counter()
-    experiment.model.answer(missing[0].soft_prompt()[None], [(0, e) for e in rows[0]], decoding=experiment.decoding)
+    first = [(0, e) for e in rows[0]]
+    experiment.model.answer(missing[0].soft_prompt()[None], first, decoding=experiment.decoding, losses=False)
     seconds, count = time.perf_counter() - begin, sum(map(len, rows))
     tokens = count * experiment.preset("prompt_length") + sum(len(e) for own in rows for e in own)
     return Plan(work, count, tokens, seconds / len(rows[0]) * count / n_ranks())
@@ -3372,19 +3430,20 @@ def plan_run(
     yield (subspaces := plan_subspaces(experiment, configs, stand_in, rows))
     tasks = experiment.named("seen", "unseen")
     count = len(variants) * len(tasks) * len(vector_tuning.learning_rate or [0])
-    yield (vectors := plan_tuning(experiment, config, pace, count, f"{count} intrinsic vectors to tune", configs[0].dim))
+    work = f"{count} intrinsic vectors to tune, {config.steps} steps each at most"
+    yield (vectors := plan_tuning(experiment, config, pace, count, work, configs[0].dim))
     n_scores = len(tasks) * (2 + len(configs) + len(variants))
     answered = n_scores * _mean(len(experiment.sample(task, COLLECTION_SEED).test) for task in tasks)
     tokens, seconds = answered * (experiment.preset("prompt_length") + pace.length), answered * pace.answer / n_ranks()
     yield (scores := Plan(f"{n_scores} prompts to score", answered, tokens, seconds))
-    yield Plan("all of it", seconds=sum(stage.seconds for stage in (prompts, subspaces, vectors, scores)))
+    yield Plan("all of it, if no job ends early", seconds=sum(stage.seconds for stage in (prompts, subspaces, vectors, scores)))
 
 
 def plan_rest(
     experiment: Experiment, tuning: Tuning, configs: Sequence[SubspaceConfig], variants: Sequence[Variant], data_seed: int
 ) -> Iterator[Plan]:
     """Yield the plans of what `ipt run` has left behind its soft prompts, as far as that depends on nothing still missing."""
-    experiment.only.update(map(digest, subspace_headers(experiment, experiment.collected(), configs)[0]))
+    experiment.only.update(map(digest, subspace_headers(experiment, experiment.collected(), configs)))
     plans = [plan_fit(experiment, configs)]
     if not plans[0].seconds:
         for variant in variants:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,24 @@ def test_the_budget_does_every_row_once_however_often_memory_runs_out(lengths: l
     assert [lengths[row] for row in done] == sorted(lengths, reverse=True)
     assert all(len(numbers) == 1 or len(numbers) * lengths[numbers[0]] <= tokens for numbers in tried)
     assert budget.tokens <= tokens
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), tokens=st.integers(1, 40))
+def test_no_other_way_to_cut_rows_into_passes_costs_less(lengths: list[int], tokens: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(sizes: Sequence[int]) -> float:
+        starts = itertools.accumulate(sizes, initial=0)
+        padded = [size * lengths[start] for size, start in zip(sizes, starts, strict=False)]
+        fits = all(size == 1 or own <= tokens for size, own in zip(sizes, padded, strict=True))
+        return sum(padded) + len(sizes) * tokens / 8 if fits else math.inf
+
+    bars = itertools.product((False, True), repeat=len(lengths) - 1)
+    cuts = [[0, *(n for n, bar in enumerate(own, 1) if bar), len(lengths)] for own in bars]
+    ways = [[stop - start for start, stop in itertools.pairwise(cut)] for cut in cuts]
+    sizes = ipt.pass_sizes(lengths, tokens)
+    assert sum(sizes) == len(lengths)
+    assert cost(sizes) == pytest.approx(min(map(cost, ways)))
 
 
 labels = st.sampled_from(["red", "green", "blue", "never right"])
