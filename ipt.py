@@ -1954,7 +1954,7 @@ class TuneConfig:
     evaluations: int = 5
     """How often in a run the validation rows are scored; the best checkpoint is kept."""
     patience: int = 3
-    """Evaluations without a better one after which a job ends; 0 for never."""
+    """Evaluations without a better one after which a job ends; 0: every job takes all its steps."""
     solved: float = 0.03
     """Loss per token of the validation rows under which a job ends that answers all of them right: nothing is left to learn."""
 
@@ -2085,9 +2085,11 @@ def tune(
 
 def _over(state: Mapping[str, Tensor], config: TuneConfig) -> list[bool]:
     """Tell which jobs end here: their steps are done, they get no better, or they cannot."""
-    late = state["step"] - state["best_step"] >= (config.patience or math.inf) * config.evaluate_every
-    solved = (state["best_score"] == 1) & (state["best_loss"] < config.solved)
-    return cast("list[bool]", (late | solved | (state["step"] == config.steps)).tolist())
+    over = state["step"] == config.steps
+    if config.patience:
+        over |= state["step"] - state["best_step"] >= config.patience * config.evaluate_every
+        over |= (state["best_score"] == 1) & (state["best_loss"] < config.solved)
+    return cast("list[bool]", over.tolist())
 
 
 def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig, prompt_length: int) -> bool:
@@ -2870,7 +2872,7 @@ class Tuning:
                      f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}]"),
     ] = None  # fmt: skip
     evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
-    patience: Annotated[int, typer.Option(min=0, help="Validations without a better one that end a job.")] = TuneConfig.patience
+    patience: Annotated[int, typer.Option(min=0, help="Validations without gain that end a job; 0: never.")] = TuneConfig.patience
     slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: four passes full, at least 16]")] = None
 
     def __post_init__(self) -> None:

@@ -1017,8 +1017,9 @@ def test_a_job_ends_when_all_validation_rows_are_right_and_cost_next_to_nothing(
     answers = t5.answer(space.initial_prompt[None], [(0, row) for row in rows])
     examples = [dataclasses.replace(row.example, answers=(a.text,)) for row, a in zip(rows, answers, strict=True)]
     right = [dataclasses.replace(row, example=example) for row, example in zip(rows, examples, strict=True)]
-    for validation, solved, steps in ((right, 99.0, 4), (right, 1e-9, 12), (rows, 99.0, 12)):
-        config = TuneConfig(steps=12, batch_size=3, evaluations=3, patience=0, solved=solved)
+    cases = ((right, 99.0, 3, 4), (right, 1e-9, 3, 12), (rows, 99.0, 3, 12), (right, 99.0, 0, 12))
+    for validation, solved, patience, steps in cases:
+        config = TuneConfig(steps=12, batch_size=3, evaluations=3, patience=patience, solved=solved)
         job = make_job(t5, task, torch.zeros(space.size), rate=1e-9)  # the answers stay as they are
         job = dataclasses.replace(job, rows=lambda own=job.rows, validation=validation: (own()[0], validation))
         (result,) = ipt.tune(t5, space, [job], config)
