@@ -1372,13 +1372,13 @@ class Budget:
             for size in pass_sizes([lengths[row] for row in order[done:]], tokens):
                 if self._try(order[done : done + size], lengths, work):
                     done += size
+                    self._grow(lengths, lengths[order[done - size]] * size)
                 if self.tokens != tokens:
                     break
 
     def _try(self, rows: list[int], lengths: Sequence[int], work: Callable[[list[int]], None]) -> bool:
-        """Tell whether a pass fitted into memory, and learn from it how large the next may be."""
+        """Tell whether a pass fitted into memory; if it did not, the next are half as large."""
         longest = lengths[rows[0]]
-        used = longest * len(rows)
         try:
             work(rows)
         except RuntimeError as error:
@@ -1389,19 +1389,23 @@ class Budget:
                     f"one row of {longest} tokens does not fit into memory: "
                     "shorten it with --max-length or use a smaller backbone"
                 ) from error
-            self.most, self.tokens = min(self.most, used), longest * (len(rows) // 2)
+            self.most, self.tokens = min(self.most, longest * len(rows)), longest * (len(rows) // 2)
             return False
-        # Double when not all rows fitted, and twice as many tokens would leave some memory free.
-        if len(rows) < len(lengths) and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
-            self.tokens *= 2
         return True
+
+    def _grow(self, lengths: Sequence[int], used: int) -> None:
+        """Double if all rows would not fit into one pass, and if by what one has just used there is memory for that."""
+        too_many = max(lengths) * len(lengths) > self.tokens
+        if too_many and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
+            self.tokens *= 2
 
 
 def pass_sizes(lengths: Sequence[int], tokens: int) -> list[int]:
     """Cut rows, the longest first, into passes of at most so many tokens with the padding, so that they cost the least.
 
-    A pass costs its tokens and, whatever it holds, about what an eighth of a full one does: `tests/benchmark.py --budgets`.
+    A pass costs its tokens and a fixed amount: an eighth of a full pass (the testbed on a CPU), or 4,096 tokens if that is less.
     """
+    overhead = min(tokens, 1 << 15) / 8
     # From the last row on: the first pass of the cheapest way to do a row and all behind it, and the cost of that way.
     first, costs = [0] * len(lengths), np.zeros(len(lengths) + 1)
     counts = np.arange(1, len(lengths) + 1)
@@ -1409,7 +1413,7 @@ def pass_sizes(lengths: Sequence[int], tokens: int) -> list[int]:
         most = min(max(1, tokens // lengths[row]), len(lengths) - row)
         totals = lengths[row] * counts[:most] + costs[row + 1 : row + most + 1]
         first[row] = most - int(totals[::-1].argmin())  # of equals the largest
-        costs[row] = tokens / 8 + totals[first[row] - 1]
+        costs[row] = overhead + totals[first[row] - 1]
     sizes = list[int]()
     while (row := sum(sizes)) < len(lengths):
         sizes.append(first[row])
@@ -2075,21 +2079,20 @@ def tune(
         due = [i for i, step in enumerate(steps.tolist()) if step % config.evaluate_every == 0 or step == config.steps]
         if due:
             _validate(backbone, space, table, due, decoding)
-        over = _over(table.state, config)
-        done = [i for i in due if over[i]]
+        done = _over(table.state, config, due)
         yield from (table.result(i, space) for i in done)
         if done:
             table.keep([i for i in range(len(table.jobs)) if i not in done])
         on_step(table)
 
 
-def _over(state: Mapping[str, Tensor], config: TuneConfig) -> list[bool]:
-    """Tell which jobs end here: their steps are done, they get no better, or they cannot."""
+def _over(state: Mapping[str, Tensor], config: TuneConfig, due: Sequence[int]) -> list[int]:
+    """Return which of the jobs just validated end here: their steps are done, they get no better, or they cannot."""
     over = state["step"] == config.steps
     if config.patience:
         over |= state["step"] - state["best_step"] >= config.patience * config.evaluate_every
         over |= (state["best_score"] == 1) & (state["best_loss"] < config.solved)
-    return cast("list[bool]", over.tolist())
+    return [i for i in due if over[i]]
 
 
 def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig, prompt_length: int) -> bool:
@@ -2872,7 +2875,9 @@ class Tuning:
                      f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}]"),
     ] = None  # fmt: skip
     evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
-    patience: Annotated[int, typer.Option(min=0, help="Validations without gain that end a job; 0: never.")] = TuneConfig.patience
+    patience: Annotated[
+        int, typer.Option(min=0, help="Validations without gain that end a job; 0: none ends early, not even a solved one.")
+    ] = TuneConfig.patience
     slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: four passes full, at least 16]")] = None
 
     def __post_init__(self) -> None:
@@ -2951,10 +2956,15 @@ def variant_jobs(experiment: Experiment, tuning: Tuning, variant: Variant, data_
     return subspace, list(itertools.chain(*jobs))
 
 
+def waiting_jobs(experiment: Experiment, jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that the cache has no results of."""
+    return [jobs[n] for n in experiment.store.lacking([job.header for job in jobs])]
+
+
 def run_jobs(experiment: Experiment, space: Space, jobs: Sequence[Job], tuning: Tuning, label: str) -> None:
     """Tune the jobs whose files are not there yet; write each file as its job ends, and a checkpoint every half minute."""
     store, config = experiment.store, tuning.config(experiment)
-    waiting = [jobs[n] for n in store.lacking([job.header for job in jobs])]
+    waiting = waiting_jobs(experiment, jobs)
     own = [waiting[n] for n in own_share([job.cost for job in waiting])]
     # One checkpoint per set of jobs and rank: another command in between leaves it alone.
     unfinished = store.folder / "unfinished"
@@ -3347,12 +3357,11 @@ def plan_tuning(experiment: Experiment, config: TuneConfig, pace: Pace, count: i
 
 def plan_jobs(experiment: Experiment, tuning: Tuning, jobs: Sequence[Job]) -> Plan:
     """Return the plan of those jobs that the cache has no results of."""
-    waiting = [jobs[n] for n in experiment.store.lacking([job.header for job in jobs])]
-    work = f"{len(waiting)} jobs to tune, {len(jobs) - len(waiting)} done before"
+    waiting, config = waiting_jobs(experiment, jobs), tuning.config(experiment)
     if not waiting:
-        return Plan(work)
-    work += f", {tuning.config(experiment).steps} steps each at most"
-    config, rows = tuning.config(experiment), [e for job in waiting for part in job.rows() for e in part]
+        return Plan(f"0 jobs to tune, {len(jobs)} done before")
+    work = f"{len(waiting)} jobs to tune, {config.steps} steps each at most, {len(jobs) - len(waiting)} done before"
+    rows = [e for job in waiting for part in job.rows() for e in part]
     if truncated := sum(e.truncated for e in rows):
         work += f", {truncated} of {len(rows)} rows truncated"
     pace = measure_pace(experiment, some_of(waiting), config)

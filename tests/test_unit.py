@@ -286,7 +286,11 @@ def test_no_row_comes_twice_in_a_part(tasks: dict[str, Task]) -> None:
 
 def test_the_seed_draws_the_shots_and_never_the_test_rows(tasks: dict[str, Task], sampler: Any) -> None:
     for task in tasks:
-        first, again, other = sampler(task, 100), sampler(task, 100), sampler(task, 21)
+        first = sampler(task, 100)
+        ipt._test_rows.cache_clear()
+        again = sampler(task, 100)
+        ipt._test_rows.cache_clear()
+        other = sampler(task, 21)
         assert first == again
         assert first.test == other.test
         assert set(first.train) != set(other.train)
@@ -444,6 +448,15 @@ def test_answers_are_the_same_without_the_losses(backbone: Backbone, tasks: dict
         with_losses, without = (backbone.answer(prompts, rows, decoding=decoding, losses=losses) for losses in (True, False))
         assert [a.text for a in without] == [a.text for a in with_losses]
         assert all(math.isnan(a.loss) for a in without) and all(math.isfinite(a.loss) for a in with_losses)
+
+
+def test_answers_are_the_same_however_little_goes_through_at_once(backbone: Backbone, tasks: dict[str, Task]) -> None:
+    prompts, rows = random_prompts(backbone, 4), mixed_rows(backbone, tasks, 4)
+    tight = dataclasses.replace(backbone, answer_budget=ipt.Budget(1))  # a row a pass, a text a piece
+    for decoding in ("options", "generate"):
+        one, other = (side.answer(prompts, rows, decoding=decoding) for side in (backbone, tight))
+        assert [a.text for a in one] == [a.text for a in other]
+        assert [a.loss for a in one] == pytest.approx([a.loss for a in other], abs=1e-5)
 
 
 def test_padding_changes_neither_loss_nor_answer(backbone: Backbone, tasks: dict[str, Task]) -> None:
@@ -615,11 +628,17 @@ def test_the_budget_grows_while_memory_is_left_but_never_again_to_what_did_not_f
 
 def test_a_pass_that_is_small_because_rows_differ_tells_less_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ipt, "memory_share", lambda: 0.3)
-    for lengths, tokens in (([10] * 20, 200), ([90] + [10] * 10, 100), ([10] * 30, 200), ([10], 100), ([900, 900], 100)):
+    cases = [
+        ([10] * 30, 200, 400),  # a full pass, 0.3 of the memory: twice as much fits
+        ([100] + [10] * 20, 400, 400),  # two passes, neither of them near full: perhaps all of it
+        ([90] + [10] * 20, 2000, 2000),  # all would fit into one pass, two of them hold less padding
+        ([900, 900], 100, 400),  # rows longer than a pass, twice
+        ([10], 100, 100),
+    ]
+    for lengths, tokens, then in cases:
         budget = ipt.Budget(tokens)
         budget.run(lengths, lambda numbers: None)
-        full, several = max(lengths) * len(lengths) > tokens, len(lengths) > 1
-        assert (budget.tokens > tokens) == (full and several), lengths
+        assert (budget.tokens, budget.most) == (then, math.inf), lengths
 
 
 def test_another_error_than_lack_of_memory_is_not_hidden() -> None:
