@@ -2656,7 +2656,7 @@ PRESETS: dict[str, tuple[Any, Any]] = {
 
 def preset_help(name: str, text: str, min: int | None = None) -> Any:
     """Return an option whose help ends in its two defaults."""
-    return typer.Option(min=min, help=f"{text}  [default: {_presets(name)}]")
+    return typer.Option(min=min, help=text, show_default=_presets(name))
 
 
 def _presets(name: str) -> str:
@@ -2671,7 +2671,7 @@ class Experiment:
     split: Annotated[str | None, preset_help("split", "Which tasks are seen and unseen: a name, or a YAML file.")] = None
     data: Annotated[Path | None, typer.Option(help="Gym folder (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
     tasks_file: Annotated[Path, typer.Option(help="Another tasks.yaml.", show_default=False)] = TASKS_FILE
-    cache: Annotated[Path | None, typer.Option(help="Folder of all results.  [default: $IPT_CACHE or the user's]")] = None
+    cache: Annotated[Path | None, typer.Option(help="Folder of all results.", show_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int | None, preset_help("prompt_length", "Tokens of a soft prompt.", min=1)] = None
     shots: Annotated[int, typer.Option(min=1, help="Rows per label, or half the rows of a task without labels.")] = 16
     test_rows: Annotated[int | None, preset_help("test_rows", "Test rows of a task, at most.", min=1)] = None
@@ -2680,7 +2680,7 @@ class Experiment:
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Share the work.  [default: one per core, at most 4, on the testbed; else 1]")
+        int | None, typer.Option(min=1, help="Share the work.", show_default="one per core, at most 4, on the testbed, else 1")
     ] = None
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone, which takes minutes.")] = False
     seed: Annotated[int, typer.Option(help="Of the initial prompt that all tasks share.")] = 0
@@ -2871,14 +2871,16 @@ class Tuning:
     batch_size: Annotated[int | None, preset_help("batch_size", "Rows of a job in one update.", min=1)] = None
     learning_rate: Annotated[
         list[float] | None,
-        typer.Option(help="In units of the embeddings, or of intrinsic vectors; repeat it: validation chooses.  [default: "
-                     f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}]"),
+        typer.Option(help="In units of the embeddings, or of intrinsic vectors; repeat it: validation chooses.",
+                     show_default=f"{_presets('learning_rate')}; of intrinsic vectors {_presets('vector_learning_rate')}"),
     ] = None  # fmt: skip
     evaluations: Annotated[int | None, preset_help("evaluations", "Validations of a job.", min=1)] = None
     patience: Annotated[
         int, typer.Option(min=0, help="Validations without gain that end a job; 0: none ends early, not even a solved one.")
     ] = TuneConfig.patience
-    slots: Annotated[int | None, typer.Option(min=1, help="Jobs tuned at once.  [default: four passes full, at least 16]")] = None
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Jobs tuned at once.", show_default="four passes full, at least 16")
+    ] = None
 
     def __post_init__(self) -> None:
         """Check what Typer cannot."""
@@ -3547,10 +3549,10 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
-TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.  [default: all of the split]")]
+TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.", show_default="all of the split")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
-DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.  [default: 250]")]
+DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default="250")]
 DataSeedOption = Annotated[int, typer.Option(help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
 SpaceOption = Annotated[str, typer.Option(help="Where to tune: prompt, subspace, linear or random.")]
 StartOption = Annotated[str, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
@@ -3652,7 +3654,11 @@ def eval_(
 @options
 @shared
 def run(
-    experiment: Experiment, tuning: Tuning, fitting: Fitting, dim: DimOption = None, as_json: JsonOption = False,
+    experiment: Experiment, tuning: Tuning, fitting: Fitting,
+    dim: Annotated[
+        list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default="250 and 10")
+    ] = None,
+    as_json: JsonOption = False,
     data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
     vector_learning_rate: Annotated[
         list[float] | None, preset_help("vector_learning_rate", "Of intrinsic vectors; --learning-rate is of soft prompts.")
@@ -3690,7 +3696,7 @@ def run(
 @options
 def tasks_(
     experiment: Experiment,
-    task: Annotated[list[str] | None, typer.Argument(help="Tasks.  [default: all of the split]")] = None,
+    task: Annotated[list[str] | None, typer.Argument(help="Tasks.", show_default="all of the split")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the few-shot sample as the backbone gets it.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare the samples with CrossFit's published MD5s.")] = False,
     data_seed: DataSeedOption = COLLECTION_SEED,

@@ -451,6 +451,15 @@ def test_each_help_says_what_the_command_does_and_shows_an_example_that_parses(c
     assert len(re.findall(r"--[\w-]+", text)) > 10
 
 
+def test_the_help_tells_the_defaults_on_the_testbed_and_elsewhere() -> None:
+    help_of = {command: re.sub(r"[\s│]+", " ", run_ipt(command, "--help").out) for command in ("collect", "fit-subspace", "run")}
+    for name in ("prompt_length", "test_rows", "steps", "batch_size", "evaluations"):
+        here, elsewhere = ipt.PRESETS[name]
+        assert f"default: ({here} on the testbed, else {elsewhere})" in help_of["collect"], name
+    assert "default: ($IPT_CACHE or the user's)" in help_of["collect"]
+    assert "default: (250)" in help_of["fit-subspace"] and "default: (250 and 10)" in help_of["run"]
+
+
 def test_the_help_lists_all_commands() -> None:
     text = run_ipt("--help").out
     for command in COMMANDS:
