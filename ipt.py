@@ -137,11 +137,11 @@ class World:
 
     def columns(self, slot: str) -> list[str]:
         """Return the names of what is known about a slot's words."""
-        return list(vars(self.lexicon[self.slots[slot]][0]))
+        return list(vars(self._entries[slot][0]))
 
     def values(self, slot: str, column: str) -> list[str]:
         """Return the distinct values of a column, in the lexicon's order."""
-        return list(dict.fromkeys(getattr(entry, column) for entry in self.lexicon[self.slots[slot]]))
+        return list(dict.fromkeys(getattr(entry, column) for entry in self._entries[slot]))
 
     @cached_property
     def _entries(self) -> dict[str, list[SimpleNamespace]]:
@@ -1367,12 +1367,14 @@ class Budget:
     def run(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
         """Call `work` on lists of row numbers, the longest rows first and rows of like length together."""
         order, done = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
+        in_one = max(lengths, default=0) * len(lengths)
         while done < len(order):
             tokens = self.tokens
             for size in pass_sizes([lengths[row] for row in order[done:]], tokens):
-                if self._try(order[done : done + size], lengths, work):
+                rows = order[done : done + size]
+                if self._try(rows, lengths, work):
                     done += size
-                    self._grow(lengths, lengths[order[done - size]] * size)
+                    self._grow(in_one, used=lengths[rows[0]] * size)
                 if self.tokens != tokens:
                     break
 
@@ -1393,10 +1395,9 @@ class Budget:
             return False
         return True
 
-    def _grow(self, lengths: Sequence[int], used: int) -> None:
-        """Double if all rows would not fit into one pass, and if by what one has just used there is memory for that."""
-        too_many = max(lengths) * len(lengths) > self.tokens
-        if too_many and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
+    def _grow(self, in_one: int, used: int) -> None:
+        """Double if all rows do not fit into one pass, and if by what the last has used there is memory for that."""
+        if in_one > self.tokens and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
             self.tokens *= 2
 
 
@@ -2079,7 +2080,7 @@ def tune(
         due = [i for i, step in enumerate(steps.tolist()) if step % config.evaluate_every == 0 or step == config.steps]
         if due:
             _validate(backbone, space, table, due, decoding)
-        done = _over(table.state, config, due)
+        done = _over(table.state, config, due) if due else []
         yield from (table.result(i, space) for i in done)
         if done:
             table.keep([i for i in range(len(table.jobs)) if i not in done])
@@ -2533,6 +2534,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise IptError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
 
 
+def missing_files(paths: Sequence[Path]) -> list[int]:
+    """Return which of these files are not there yet, the same on all ranks."""
+    return cast("list[int]", from_first_rank([n for n, path in enumerate(paths) if not path.exists()]))
+
+
 def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the header and the record of a file, without its tensors.
 
@@ -2600,7 +2606,7 @@ class Cache:
 
     def lacking(self, headers: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return which of these files are not there yet, the same on all ranks."""
-        return cast("list[int]", from_first_rank([n for n, header in enumerate(headers) if not self.path(header).exists()]))
+        return missing_files([self.path(header) for header in headers])
 
     def save(self, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a file."""
@@ -3225,7 +3231,7 @@ def test_scores(experiment: Experiment, wanted: Sequence[Candidate]) -> list[Sco
     """Return test scores; those that are not in the cache are computed, many prompts at a time."""
     tests = {c.score.task: experiment.sample(c.score.task, COLLECTION_SEED).test for c in wanted}
     files = score_files(experiment, wanted)
-    missing = from_first_rank([i for i, file in enumerate(files) if not file.exists()])
+    missing = missing_files(files)
     costs = {task: len(rows) * experiment.row_cost(rows) for task, rows in tests.items()}
     own = [missing[n] for n in own_share([costs[wanted[i].score.task] for i in missing])]
     with progress("test scores", len(own)) as advance:
@@ -3411,8 +3417,7 @@ def plan_scores(experiment: Experiment) -> Plan:
     experiment.with_rows(experiment.named("seen", "unseen"), COLLECTION_SEED)
     wanted = candidates(experiment)
     wanted += without_prompt(experiment, [c.score.task for c in wanted if c.score.quantity == "prompt tuning"])
-    files = score_files(experiment, wanted)
-    missing = [candidate for candidate, file in zip(wanted, files, strict=True) if not file.exists()]
+    missing = [wanted[n] for n in missing_files(score_files(experiment, wanted))]
     work = f"{len(missing)} prompts to score, {len(wanted) - len(missing)} scored before"
     if not missing:
         return Plan(work)
@@ -3549,10 +3554,15 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+def dim_help(default: str) -> Any:
+    """Return the option of intrinsic dimensions."""
+    return typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default=default)
+
+
 TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.", show_default="all of the split")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
-DimOption = Annotated[list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default="250")]
+DimOption = Annotated[list[int] | None, dim_help("250")]
 DataSeedOption = Annotated[int, typer.Option(help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
 SpaceOption = Annotated[str, typer.Option(help="Where to tune: prompt, subspace, linear or random.")]
 StartOption = Annotated[str, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
@@ -3655,10 +3665,7 @@ def eval_(
 @shared
 def run(
     experiment: Experiment, tuning: Tuning, fitting: Fitting,
-    dim: Annotated[
-        list[int] | None, typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default="250 and 10")
-    ] = None,
-    as_json: JsonOption = False,
+    dim: Annotated[list[int] | None, dim_help("250 and 10")] = None, as_json: JsonOption = False,
     data_seed: Annotated[int, typer.Option(help="Of the seen tasks' other data.")] = 21,
     vector_learning_rate: Annotated[
         list[float] | None, preset_help("vector_learning_rate", "Of intrinsic vectors; --learning-rate is of soft prompts.")
