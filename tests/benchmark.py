@@ -41,7 +41,13 @@ import transformers
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch.utils.data import DataLoader
 
-import ipt
+from intrinsic_prompt_tuning.backbone import Backbone, Encoded
+from intrinsic_prompt_tuning.finding import SubspaceConfig, fit_subspaces
+from intrinsic_prompt_tuning.passes import IGNORE, Budget, padded
+from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
+from intrinsic_prompt_tuning.spaces import Space
+from intrinsic_prompt_tuning.tasks import Example
+from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, minibatch, step
 
 SHAPES = {
     "t5-small": transformers.T5Config(
@@ -62,7 +68,7 @@ MEAN_LENGTHS = [(20, 3), (35, 4), (50, 3), (60, 4), (80, 5), (100, 4), (130, 6),
 """Mean tokens of a task's inputs and targets where no real data is at hand; rows vary around them by half."""
 
 
-def task_rows(tasks: int, vocabulary: int, longest: int, seed: int = 0) -> list[list[ipt.Encoded]]:
+def task_rows(tasks: int, vocabulary: int, longest: int, seed: int = 0) -> list[list[Encoded]]:
     """Return 32 rows of random tokens for each task, as long as the rows of real tasks where those are at hand."""
     rng, lengths = random.Random(seed), []
     files = sorted(CROSSFIT.glob("*/*_16_100_train.jsonl"))
@@ -80,7 +86,7 @@ def task_rows(tasks: int, vocabulary: int, longest: int, seed: int = 0) -> list[
                 [*(rng.randrange(5, vocabulary) for _ in range(min(most - 1, 1 + round(TOKENS_PER_WORD * count)))), 1]
                 for count, most in ((words, longest), (answer, 64))
             )
-            rows[-1].append(ipt.Encoded(input_ids, target_ids, [], ipt.Example("", ("",)), len(target_ids), False))
+            rows[-1].append(Encoded(input_ids, target_ids, [], Example("", ("",)), len(target_ids), False))
     return rows
 
 
@@ -88,30 +94,29 @@ def task_rows(tasks: int, vocabulary: int, longest: int, seed: int = 0) -> list[
 
 
 def make_engine(
-    model: torch.nn.Module, rows: Sequence[Sequence[ipt.Encoded]], arguments: argparse.Namespace, budget: int | None = None
-) -> tuple[ipt.Backbone, ipt.PromptSpace, ipt.JobTable, ipt.TuneConfig]:
+    model: torch.nn.Module, rows: Sequence[Sequence[Encoded]], arguments: argparse.Namespace, budget: int | None = None
+) -> tuple[Backbone, Space, JobTable, TuneConfig]:
     """Return what the engine works on: the backbone, the space of prompts, a table with a job per task, the settings."""
     device = next(model.parameters()).device
     tokens = budget or (1 << 10 if device.type == "cpu" else 1 << 15)
-    backbone = ipt.Backbone(
-        "benchmark", model, SimpleNamespace(pad_token_id=0), "", 1 << 20, ipt.Budget(tokens), ipt.Budget(tokens)
-    )
+    lm, tokenizer = Seq2Seq(model, pad_token_id=0), SimpleNamespace(pad_token_id=0)
+    backbone = Backbone("benchmark", lm, tokenizer, max_length=1 << 20, budgets=(Budget(tokens), Budget(tokens)))
     ids = torch.randint(5, model.config.vocab_size, (arguments.prompt_length,), device=device)
     with torch.no_grad():
         initial = model.get_input_embeddings()(ids).float()
-    space, table = ipt.PromptSpace(initial, backbone.embedding_rms), ipt.JobTable(initial.numel(), device)
+    space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), device)
     for number, own in enumerate(rows):
-        header = {"task": str(number), "data_seed": 100, "learning_rate": 0.1, "metric": "ACC"}
-        table.add(ipt.Job(header, torch.zeros(space.size), lambda own=own: (list(own), [])))
-    return backbone, space, table, ipt.TuneConfig(steps=1000, batch_size=arguments.batch_size)
+        theta, draw = torch.zeros(space.dim), lambda own=own: (list(own), [])
+        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=draw))
+    return backbone, space, table, TuneConfig(steps=1000, batch_size=arguments.batch_size)
 
 
 def engine(side: tuple, steps: int, compiled: bool) -> None:
     backbone, space, table, config = side
     if not compiled:
-        ipt.share_position_bias(backbone.model)
+        share_position_bias(backbone.model)
     for _ in range(steps):
-        ipt._step(backbone, space, table, config)
+        step(backbone, space, table, config)
     float(table.state["last_loss"].sum())  # waits for the device
     backbone.model.set_attn_implementation("sdpa")  # the other sides use the same model
 
@@ -121,26 +126,26 @@ def bare(side: tuple, steps: int) -> None:
     backbone, space, table, config = side
     model, embed = backbone.model, backbone.model.get_input_embeddings()
     prompt = space.initial_prompt.to(next(model.parameters()).dtype)
-    for step in range(steps):
+    for number in range(steps):
         rows = [
-            train[row] for train, _ in table.rows for row in ipt.minibatch(len(train), config.batch_size, 100, step)
+            train[row] for train, _ in table.rows for row in minibatch(len(train), config.batch_size, 100, number)
         ]  # fmt: skip
 
-        def work(numbers: list[int], rows: list[ipt.Encoded] = rows) -> None:
-            ids, real = backbone._pad([rows[n].input_ids for n in numbers], 0, before=len(prompt))
-            labels, _ = backbone._pad([rows[n].target_ids for n in numbers], ipt.IGNORE)
+        def work(numbers: list[int], rows: list[Encoded] = rows) -> None:
+            ids, real = padded([rows[n].input_ids for n in numbers], 0, backbone.device, before=len(prompt))
+            labels, _ = padded([rows[n].target_ids for n in numbers], IGNORE, backbone.device)
             embeds = torch.cat([prompt.expand(len(ids), -1, -1), embed(ids)], dim=1).requires_grad_()
             mask = torch.cat([ids.new_ones(len(ids), len(prompt)), torch.from_numpy(real).to(ids)], dim=1)
             model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
 
-        backbone.budget.run([len(prompt) + len(row) for row in rows], work)
+        backbone.budget.in_passes([len(prompt) + len(row) for row in rows], work)
     if prompt.is_cuda:
         torch.cuda.synchronize()
 
 
 def peft_loop(
     model: torch.nn.Module,
-    rows: Sequence[Sequence[ipt.Encoded]],
+    rows: Sequence[Sequence[Encoded]],
     arguments: argparse.Namespace,
     steps: int,
     *,
@@ -152,7 +157,7 @@ def peft_loop(
     longest = max(len(row.input_ids) for own in rows for row in own)
     longest_target = max(len(row.target_ids) for own in rows for row in own)
 
-    def collate(batch: Sequence[ipt.Encoded]) -> dict[str, torch.Tensor]:
+    def collate(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         width = longest if full else max(len(row.input_ids) for row in batch)
         target = longest_target if full else max(len(row.target_ids) for row in batch)
         return {
@@ -188,12 +193,12 @@ def fit_subspace(shape: str, dim: int) -> None:
     """Learn to reconstruct 100 prompts of 100 tokens; print how long a step takes and what it keeps in memory."""
     hidden, times = SHAPES[shape].d_model, []
     prompts, initial = torch.randn(100, 100, hidden), torch.zeros(100, hidden)
-    config = ipt.SubspaceConfig(dim=dim, steps=1, warmup_steps=5, lm_loss=False)
+    config = SubspaceConfig(subspace_steps=1, warmup_steps=5, lm_loss=False)
     size = 4 * (dim * (prompts[0].numel() + 1 + config.inner) + config.inner + prompts[0].numel() * (config.inner + 1)) / 1e9
     before = peak_memory(lambda: None)[1]
     _, peak = peak_memory(
-        lambda: ipt.fit_subspaces(
-            None, prompts, initial, [[]] * 100, [config], on_step=lambda fits: times.append(time.perf_counter())
+        lambda: fit_subspaces(
+            None, prompts, initial, [[]] * 100, [dim], config, on_step=lambda fits: times.append(time.perf_counter())
         )
     )  # fmt: skip
     seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
@@ -327,7 +332,7 @@ def tune_prompts(arguments: argparse.Namespace, device: torch.device) -> None:
             print("b is left out: this processor has no bf16, and emulation takes minutes (--sides ab measures it all the same)")
             del every["b"]
         sides = {name: every[name] for name in arguments.sides or every}
-    seen = [own[n] for own in rows for step in range(steps) for n in ipt.minibatch(len(own), arguments.batch_size, 100, step)]
+    seen = [own[n] for own in rows for number in range(steps) for n in minibatch(len(own), arguments.batch_size, 100, number)]
     targets = sum(len(row.target_ids) for row in seen)
     useful = count * arguments.prompt_length + sum(len(row.input_ids) for row in seen) + targets
     print(

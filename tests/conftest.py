@@ -19,6 +19,9 @@ import torch
 import transformers
 
 import ipt
+from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
+from intrinsic_prompt_tuning.tasks import Task, World, load_tasks, load_worlds
+from intrinsic_prompt_tuning.tasks.worlds import OPTION_MARK
 
 torch.set_num_threads(1)
 
@@ -65,22 +68,22 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def world(tasks_file: Path) -> ipt.World:
-    return ipt.load_worlds(tasks_file)["small"]
+def world(tasks_file: Path) -> World:
+    return load_worlds(tasks_file)["small"]
 
 
 @pytest.fixture(scope="session")
-def tasks(tasks_file: Path) -> dict[str, ipt.Task]:
-    return ipt.load_tasks(tasks_file)
+def tasks(tasks_file: Path) -> dict[str, Task]:
+    return load_tasks(tasks_file)
 
 
 # --- Backbones -----------------------------------------------------------------------------------
 
 
-def words_of(world: ipt.World) -> list[str]:
+def words_of(world: World) -> list[str]:
     entries = (entry for table in world.lexicon.values() for entry in table)
     values = {value for entry in entries for value in vars(entry).values()}
-    return sorted(values | {"the", "sees", "on", "yes", "no", ipt.OPTION_MARK})
+    return sorted(values | {"the", "sees", "on", "yes", "no", OPTION_MARK})
 
 
 def save_tokenizer(folder: Path, specials: Sequence[str], words: Sequence[str], template: str, **roles: str) -> int:
@@ -104,7 +107,7 @@ def spread(model: transformers.PreTrainedModel, scale: float, seed: int) -> None
 
 
 @pytest.fixture(scope="session")
-def t5_folder(tmp_path_factory: pytest.TempPathFactory, world: ipt.World) -> Path:
+def t5_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     """Save a T5 with a relative position bias, tied embeddings and 2 + 1 layers."""
     folder = tmp_path_factory.mktemp("t5")
     specials = ["<pad>", "</s>", "<unk>"]
@@ -120,7 +123,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory, world: ipt.World) -> Pat
 
 
 @pytest.fixture(scope="session")
-def bart_folder(tmp_path_factory: pytest.TempPathFactory, world: ipt.World) -> Path:
+def bart_folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     """Save a BART with 30 positions, scaled embeddings and, like published ones, beam search among its generation settings."""
     folder = tmp_path_factory.mktemp("bart")
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -141,18 +144,18 @@ def bart_folder(tmp_path_factory: pytest.TempPathFactory, world: ipt.World) -> P
 
 
 @pytest.fixture(scope="session")
-def t5(t5_folder: Path) -> ipt.Backbone:
-    return ipt.load_backbone(str(t5_folder), device="cpu")
+def t5(t5_folder: Path) -> Backbone:
+    return load_backbone(str(t5_folder), device="cpu")
 
 
 @pytest.fixture(scope="session")
-def bart(bart_folder: Path) -> ipt.Backbone:
-    return ipt.load_backbone(str(bart_folder), device="cpu")
+def bart(bart_folder: Path) -> Backbone:
+    return load_backbone(str(bart_folder), device="cpu")
 
 
 @pytest.fixture(params=["t5", "bart"])
-def backbone(request: pytest.FixtureRequest) -> ipt.Backbone:
-    loaded: ipt.Backbone = request.getfixturevalue(request.param)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    loaded: Backbone = request.getfixturevalue(request.param)
     return loaded
 
 

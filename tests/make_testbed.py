@@ -2,7 +2,7 @@
 
     python tests/make_testbed.py tasks                             # prints 120 rows such as those in tasks.yaml
     python tests/make_testbed.py backbone --minutes 90 --out DIR   # a T5 of about a million parameters, and its tokenizer
-    python tests/make_testbed.py report --out tests/shipped/testbed
+    python tests/make_testbed.py report --out intrinsic_prompt_tuning/testbed
 
 The backbone learns to answer questions in words, such as `subject category then day next`, put in front of a sentence. What a
 task of tasks.yaml composes and is not marked `pretrained` is held out: no question of the same two parts, in any order, under
@@ -26,7 +26,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-import ipt
+from intrinsic_prompt_tuning.passes import IGNORE
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Task, World, load_tasks, load_worlds
+from intrinsic_prompt_tuning.tasks.worlds import OPTION_MARK, Scene
 
 FILLER = "_"
 """Stands where the instruction has no word, so that all instructions of a batch are equally long."""
@@ -36,16 +38,16 @@ KINDS = {"yes-no": 40, "labels": 20, "multiple-choice": 20, "extraction": 16, "t
 # --- Questions -----------------------------------------------------------------------------------
 
 
-def shown_values(world: ipt.World) -> list[str]:
+def shown_values(world: World) -> list[str]:
     """Return the values that stand in the sentence itself: what extraction asks for."""
     return [f"{slot} {column}" for slot, column in re.findall(r"{(\w+)\.(\w+)}", world.sentence)]
 
 
-def all_values(world: ipt.World) -> list[str]:
+def all_values(world: World) -> list[str]:
     return [f"{slot} {column}" for slot in world.slots for column in world.columns(slot)]
 
 
-def all_tests(world: ipt.World) -> list[str]:
+def all_tests(world: World) -> list[str]:
     """Return every single yes/no question about a column of few values, and about two slots that share such a column."""
     few = {(s, c): world.values(s, c) for s in world.slots for c in world.columns(s) if len(world.values(s, c)) <= 5}
     same = [
@@ -81,7 +83,7 @@ def draw_tests(rng: random.Random, tests: list[str]) -> str:
 # --- Tasks ---------------------------------------------------------------------------------------
 
 
-def draw_task_rows(world: ipt.World, seed: int = 0) -> Iterator[str]:
+def draw_task_rows(world: World, seed: int = 0) -> Iterator[str]:
     """Draw the 120 tasks: a third of each kind single questions, the rest compositions, a quarter of those unseen."""
     rng = random.Random(seed)
     shown, values, tests = shown_values(world), all_values(world), all_tests(world)
@@ -112,19 +114,22 @@ def draw_task_rows(world: ipt.World, seed: int = 0) -> Iterator[str]:
             yield f"  {name}: " + yaml.safe_dump(row, default_flow_style=True, sort_keys=False, width=1000).strip()
 
 
-def held_out_compositions(tasks: dict[str, ipt.Task]) -> set[frozenset[str]]:
+def question_of(task: Task) -> str:
+    """Return what a task of the world asks."""
+    return task.source.partition(": ")[2]
+
+
+def held_out_compositions(tasks: dict[str, Task]) -> set[frozenset[str]]:
     """Return what must never be trained: the compositions of the testbed's tasks that are not marked `pretrained`."""
     return {
-        composition(task.source.question)
-        for task in tasks.values()
-        if isinstance(task.source, ipt.WorldRows) and not task.pretrained
+        composition(question_of(task)) for task in tasks.values() if task.source.startswith("testbed: ") and not task.pretrained
     }
 
 
 # --- Pre-training data ---------------------------------------------------------------------------
 
 
-def partial_answers(world: ipt.World, question: str, scene: ipt.Scene) -> list[str | None]:
+def partial_answers(world: World, question: str, scene: Scene) -> list[str | None]:
     """Return, for each word of a question, the answer to what it completes (a value, a test) or combines (not, and, or)."""
     answers: list[str | None] = []
     for part in question.split(" then "):
@@ -139,7 +144,7 @@ def partial_answers(world: ipt.World, question: str, scene: ipt.Scene) -> list[s
     return answers
 
 
-def make_tokenizer(world: ipt.World) -> PreTrainedTokenizerFast:
+def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of everything that a sentence, a question or an answer can contain."""
     words = {
         "yes",
@@ -149,7 +154,7 @@ def make_tokenizer(world: ipt.World) -> PreTrainedTokenizerFast:
         "or",
         "not",
         "same",
-        ipt.OPTION_MARK,
+        OPTION_MARK,
         FILLER,
         *re.findall(r"\b\w+\b", re.sub(r"{.*?}", "", world.sentence)),
     }
@@ -165,7 +170,7 @@ def make_tokenizer(world: ipt.World) -> PreTrainedTokenizerFast:
 class Batches:
     """Endless batches of (instruction, sentence, answer), all of one length so that nothing is padding but answers."""
 
-    def __init__(self, world: ipt.World, tokenizer: PreTrainedTokenizerFast, held_out: set[frozenset[str]], seed: int) -> None:
+    def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast, held_out: set[frozenset[str]], seed: int) -> None:
         self.world, self.held_out, self.rng = world, held_out, random.Random(seed)
         self.values, self.tests = all_values(world), all_tests(world)
         self.short_tests = [test for test in self.tests if not test.startswith("same ")]
@@ -193,7 +198,7 @@ class Batches:
             ):
                 return question
 
-    def draw_scene(self, question: str) -> tuple[ipt.Scene, str]:
+    def draw_scene(self, question: str) -> tuple[Scene, str]:
         """Draw a scene and the answer to a question; yes and no are about equally frequent."""
         wanted = self.rng.choice(["yes", "no"])
         for _ in range(8):
@@ -209,15 +214,15 @@ class Batches:
             options.add(self.world.answer(question, self.world.draw(self.rng)))
         shuffled = sorted(options)
         self.rng.shuffle(shuffled)
-        return "".join(f" {ipt.OPTION_MARK} {option}" for option in shuffled)
+        return "".join(f" {OPTION_MARK} {option}" for option in shuffled)
 
-    def instruction(self, question: str, scene: ipt.Scene, length: int) -> tuple[list[int], list[int]]:
+    def instruction(self, question: str, scene: Scene, length: int) -> tuple[list[int], list[int]]:
         """Return a question's words in order, strewn over `length` positions among fillers, and the answers to its parts."""
-        ids, hints = [self.ids[FILLER]] * length, [ipt.IGNORE] * length
+        ids, hints = [self.ids[FILLER]] * length, [IGNORE] * length
         words, answers = question.split(), partial_answers(self.world, question, scene)
         for place, word, answer in zip(sorted(self.rng.sample(range(length), len(words))), words, answers, strict=True):
             ids[place] = self.ids[word]
-            hints[place] = self.ids[answer] if answer else ipt.IGNORE
+            hints[place] = self.ids[answer] if answer else IGNORE
         return ids, hints
 
     def draw(self, size: int, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,14 +243,14 @@ class Batches:
             sentence = self.world.describe(scene)
             if choice:
                 sentence += self.draw_options(question, answer)
-                if sentence.count(ipt.OPTION_MARK) < 3:
+                if sentence.count(OPTION_MARK) < 3:
                     continue
             instruction, own_hints = self.instruction(question, scene, length)
             rows.append(instruction + [self.ids[w] for w in sentence.split()] + [self.ids["</s>"]])
             hints.append(own_hints)
             answers.append([self.ids[w] for w in answer.split()] + [self.ids["</s>"]])
         width = max(map(len, answers))
-        labels = torch.tensor([a + [ipt.IGNORE] * (width - len(a)) for a in answers])
+        labels = torch.tensor([a + [IGNORE] * (width - len(a)) for a in answers])
         return torch.tensor(rows), torch.tensor(hints), labels
 
 
@@ -286,15 +291,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    world: ipt.World,
-    held_out: set[frozenset[str]],
-    folder: Path,
-    *,
-    minutes: float,
-    seed: int,
-    batch: int,
-    lr: float,
-    resume: bool,
+    world: World, held_out: set[frozenset[str]], folder: Path, *, minutes: float, seed: int, batch: int, lr: float, resume: bool
 ) -> None:
     """Pre-train for a time, learning rate warmed up and then decayed linearly to zero; report and save every five minutes."""
     torch.manual_seed(seed)
@@ -347,7 +344,7 @@ def train(
 
 def report(
     model: T5ForConditionalGeneration,
-    world: ipt.World,
+    world: World,
     tokenizer: PreTrainedTokenizerFast,
     held_out: set[frozenset[str]],
     n: int = 512,
@@ -390,11 +387,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("testbed"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    world = ipt.load_worlds(ipt.TASKS_FILE)["testbed"]
+    world = load_worlds(TASKS_FILE)["testbed"]
     if arguments.what == "tasks":
         sys.stdout.writelines(f"{row}\n" for row in draw_task_rows(world, arguments.seed))
         return
-    held_out = held_out_compositions(ipt.load_tasks(ipt.TASKS_FILE))
+    held_out = held_out_compositions(load_tasks(TASKS_FILE))
     if arguments.what == "report":
         report(T5ForConditionalGeneration.from_pretrained(arguments.out).eval(), world, make_tokenizer(world), held_out, n=1000)
         return

@@ -16,7 +16,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ipt
+from intrinsic_prompt_tuning.backbone import Backbone
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.evaluation import LEAST_BASELINE, dimensions_needed, relative_performance
+from intrinsic_prompt_tuning.files import FILE_VERSION, read_file, read_header, write_file
+from intrinsic_prompt_tuning.metrics import METRICS, macro_f1, pearson
+from intrinsic_prompt_tuning.passes import Budget, pass_sizes
+from intrinsic_prompt_tuning.spaces import Space, untrained_space
+from intrinsic_prompt_tuning.tasks import Example, Task, load_tasks
+from intrinsic_prompt_tuning.tuning import minibatch
 
 settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("ipt")
@@ -33,15 +41,16 @@ shapes = st.dictionaries(
 
 @given(header=st.dictionaries(st.text(), json_values, max_size=4), record=st.dictionaries(st.text(), json_values), shapes=shapes)
 def test_a_file_comes_back_as_it_was_and_the_same_content_gives_the_same_bytes(header: Any, record: Any, shapes: Any) -> None:
-    header["version"] = ipt.FILE_VERSION
+    header["version"] = FILE_VERSION
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder) / "deep" / "one", Path(folder) / "two"
-        ipt.write_file(one, header, record, tensors)
-        ipt.write_file(two, dict(reversed(header.items())), record, dict(reversed(tensors.items())))
+        write_file(one, header, record, tensors)
+        write_file(two, dict(reversed(header.items())), record, dict(reversed(tensors.items())))
         assert one.read_bytes() == two.read_bytes()
-        assert ipt.read_metadata(one) == (header, record)
-        back = ipt.read_tensors(one, {name: tuple(shape) for name, shape in shapes.items()}, torch.device("cpu"))
+        *told, back = read_file(one)
+        assert told == [header, record]
+        assert read_header(one) == header
         assert back.keys() == tensors.keys()
         assert all(torch.equal(back[name], tensors[name]) for name in tensors)
         assert sorted(path.name for path in Path(folder).rglob("*") if path.is_file()) == ["one", "two"]
@@ -51,38 +60,60 @@ def test_a_file_comes_back_as_it_was_and_the_same_content_gives_the_same_bytes(h
 def test_no_foreign_bytes_are_ever_taken_for_a_file_or_end_in_another_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "file").write_bytes(content)
-        with pytest.raises(ipt.IptError):
-            ipt.read_metadata(Path(folder) / "file")
+        for read in (read_header, read_file):
+            with pytest.raises(IptError):
+                read(Path(folder) / "file")
 
 
 @given(header=json_values.filter(lambda value: not isinstance(value, dict)))
 def test_a_header_that_is_no_mapping_is_refused(header: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ipt.write_file(Path(folder) / "file", header, {}, {"x": torch.zeros(2)})
-        with pytest.raises(ipt.IptError):
-            ipt.read_metadata(Path(folder) / "file")
+        write_file(Path(folder) / "file", header, {}, {"x": torch.zeros(2)})
+        for read in (read_header, read_file):
+            with pytest.raises(IptError):
+                read(Path(folder) / "file")
+
+
+@settings(max_examples=200)
+@given(position=st.integers(0, 10**6), new=st.integers(0, 255))
+def test_a_file_of_which_any_byte_is_another_is_refused_or_reads_as_it_was(position: int, new: int) -> None:
+    header = {"version": FILE_VERSION, "kind": "soft-prompt", "tuning": {"steps": 5, "rate": 1e-05}, "chat": None}
+    record, tensors = {"validation": 0.5, "name": "Ünder"}, {"b": torch.arange(6.0).reshape(2, 3), "a": torch.zeros(1)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        write_file(path, header, record, tensors)
+        content = bytearray(path.read_bytes())
+        content[position % len(content)] = new
+        path.write_bytes(content)
+        try:
+            *told, back = read_file(path)
+        except IptError:
+            return
+        assert told == [header, record]
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 17), seed=st.integers(0, 2**32), epochs=st.integers(1, 3))
 def test_minibatches_visit_every_row_once_per_epoch(rows: int, size: int, seed: int, epochs: int) -> None:
     steps = -(-rows * epochs // size)
-    visited = [row for step in range(steps) for row in ipt.minibatch(rows, size, seed, step)]
+    visited = [row for step in range(steps) for row in minibatch(rows, size, seed, step)]
     for epoch in range(epochs):
         assert sorted(visited[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-    assert ipt.minibatch(rows, size, seed, steps) == ipt.minibatch(rows, size, seed, steps)
+    assert minibatch(rows, size, seed, steps) == minibatch(rows, size, seed, steps)
 
 
 @given(
     length=st.integers(1, 4), hidden=st.integers(1, 6), dim=st.integers(1, 9), inner=st.integers(1, 7), tasks=st.integers(1, 5)
 )
 def test_projecting_and_back_keeps_the_shape(length: int, hidden: int, dim: int, inner: int, tasks: int) -> None:
-    space = ipt.random_subspace(torch.randn(length, hidden), unit=0.5, dim=dim, inner=inner, seed=0)
+    space = untrained_space(torch.randn(length, hidden), unit=0.5, dim=dim, inner=inner, seed=0)
     prompts = torch.randn(tasks, length, hidden)
     vectors = space.project(prompts)
-    assert vectors.shape == (tasks, dim) == (tasks, space.size)
+    assert vectors.shape == (tasks, dim) == (tasks, space.dim)
     assert space.back_project(vectors).shape == prompts.shape
-    whole = ipt.PromptSpace(torch.randn(length, hidden), 0.5)
-    assert whole.back_project(torch.randn(tasks, whole.size)).shape == prompts.shape
+    whole = Space(torch.randn(length, hidden), 0.5)
+    assert whole.back_project(torch.randn(tasks, whole.dim)).shape == prompts.shape
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), tokens=st.integers(1, 300), most=st.integers(1, 9))
@@ -96,8 +127,8 @@ def test_the_budget_does_every_row_once_however_often_memory_runs_out(lengths: l
             raise torch.OutOfMemoryError
         done.extend(numbers)
 
-    budget = ipt.Budget(tokens)
-    budget.run(lengths, work)
+    budget = Budget(tokens)
+    budget.in_passes(lengths, work)
     assert sorted(done) == list(range(len(lengths)))
     assert [lengths[row] for row in done] == sorted(lengths, reverse=True)
     assert all(len(numbers) == 1 or len(numbers) * lengths[numbers[0]] <= tokens for numbers in tried)
@@ -117,7 +148,7 @@ def test_no_other_way_to_cut_rows_into_passes_costs_less(lengths: list[int], tok
     bars = itertools.product((False, True), repeat=len(lengths) - 1)
     cuts = [[0, *(n for n, bar in enumerate(own, 1) if bar), len(lengths)] for own in bars]
     ways = [[stop - start for start, stop in itertools.pairwise(cut)] for cut in cuts]
-    sizes = ipt.pass_sizes(lengths, tokens)
+    sizes = pass_sizes(lengths, tokens)
     assert sum(sizes) == len(lengths)
     assert cost(sizes) == pytest.approx(min(map(cost, ways)))
 
@@ -129,45 +160,85 @@ labels = st.sampled_from(["red", "green", "blue", "never right"])
 def test_macro_f1_does_not_move_when_labels_are_renamed(pairs: list[tuple[str, str]], order: list[int]) -> None:
     names = ["red", "green", "blue", "never right"]
     renamed = {name: f"label {number}" for name, number in zip(names, order, strict=True)}
-    before = ipt.macro_f1([p for p, _ in pairs], [(t,) for _, t in pairs])
-    after = ipt.macro_f1([renamed[p] for p, _ in pairs], [(renamed[t],) for _, t in pairs])
+    before = macro_f1([p for p, _ in pairs], [(t,) for _, t in pairs])
+    after = macro_f1([renamed[p] for p, _ in pairs], [(renamed[t],) for _, t in pairs])
     assert after == pytest.approx(before)
 
 
-@pytest.mark.parametrize("metric", ipt.METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 @given(rows=st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), min_size=1, max_size=6))
 def test_a_score_lies_in_its_range_and_being_right_is_the_best(metric: str, rows: list[tuple[str, list[str]]]) -> None:
     references = [tuple(refs) for _, refs in rows]
-    score = ipt.METRICS[metric]([prediction for prediction, _ in rows], references)
-    right = ipt.METRICS[metric]([refs[0] for refs in references], references)
+    score = METRICS[metric]([prediction for prediction, _ in rows], references)
+    right = METRICS[metric]([refs[0] for refs in references], references)
     assert (-1 if "Correlation" in metric else 0) - 1e-9 <= score <= 1 + 1e-9
     if metric in ("ACC", "Classification-F1", "EM", "QA-F1"):
         assert right == pytest.approx(1)
 
 
-@given(ratios=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), max_size=20))
-def test_the_interval_holds_the_mean_and_every_task_is_counted(ratios: list[tuple[float, float]]) -> None:
-    ratios = [(score, base if abs(base) > 1e-3 else 0.0) for score, base in ratios]
-    scores, baseline = ({str(n): pair[side] for n, pair in enumerate(ratios)} for side in (0, 1))
-    result = ipt.relative_performance(scores, baseline)
-    assert result["n_tasks"] + result["n_excluded"] == len(ratios)
-    if result["n_tasks"]:
-        values = [score / base for score, base in ratios if base > 0]
-        assert min(values) - 1e-9 <= result["e_rel_low"] <= result["e_rel_high"] <= max(values) + 1e-9
+numbers = st.floats() | st.sampled_from([0.0, 1.0, 1e200, -1e200, 1.7e308, -1.7e308, 5e-324]) | st.integers()
+
+
+@given(rows=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6))
+def test_a_correlation_of_any_numbers_lies_in_its_range(rows: list[tuple[float, float]]) -> None:
+    assert -1 <= pearson([str(a) for a, _ in rows], [(str(b),) for _, b in rows]) <= 1
+
+
+scores_of_a_task = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1))
+
+
+@given(rows=st.lists(scores_of_a_task, max_size=20))
+def test_the_interval_holds_the_mean_and_every_task_is_counted(rows: list[tuple[float, float, float]]) -> None:
+    scores, baseline, floor = ({str(n): row[side] for n, row in enumerate(rows)} for side in range(3))
+    result = relative_performance(scores, baseline, floor)
+    assert result["n_tasks"] + result["n_excluded"] == len(rows)
+    values = [score / base for score, base, _ in rows if base > LEAST_BASELINE]
+    assert result["n_tasks"] == len(values)
+    if values:
         assert result["e_rel"] == pytest.approx(sum(values) / len(values))
+        assert min(values) - 1e-9 <= result["median_ratio"] <= max(values) + 1e-9
     else:
-        assert result["e_rel"] is None
+        assert result["e_rel"] is None and result["median_ratio"] is None
+    if len(values) > 1:
+        assert min(values) - 1e-9 <= result["e_rel_low"] <= result["e_rel_high"] <= max(values) + 1e-9
+    else:
+        assert result["e_rel_low"] is None and result["e_rel_high"] is None
+
+
+@given(rows=st.lists(scores_of_a_task, min_size=1, max_size=20), shift=st.floats(-1, 1))
+def test_the_gain_does_not_move_when_every_score_of_a_task_does(rows: list[tuple[float, float, float]], shift: float) -> None:
+    sides = [{str(n): row[side] for n, row in enumerate(rows)} for side in range(3)]
+    moved = [{task: value + (shift if task == "0" else 0) for task, value in side.items()} for side in sides]
+    before, after = relative_performance(*sides), relative_performance(*moved)
+    if before["gain"] is not None and after["gain"] is not None:
+        gained = sum(base - floor for _, base, floor in rows)
+        assert after["gain"] * gained == pytest.approx(before["gain"] * gained, abs=1e-6)
+    if before["gain_low"] is not None and before["gain_high"] is not None:
+        assert before["gain_low"] <= before["gain_high"]
+
+
+@given(points=st.dictionaries(st.integers(1, 500), st.floats(-2, 2), max_size=6), order=st.randoms(use_true_random=False))
+def test_the_dimensions_needed_lie_among_those_that_were_run_and_none_before_would_do(
+    points: dict[int, float], order: random.Random
+) -> None:
+    rows = [{"space": "random", "quantity": "T_test(IST)", "start": "random", "dim": d, "gain": g} for d, g in points.items()]
+    order.shuffle(rows)
+    needed = dimensions_needed(rows).get("random", {}).get("T_test(IST)")
+    enough = [dim for dim, gain in sorted(points.items()) if gain >= 0.9]
+    if not enough:
+        assert needed is None
+    else:
+        before = max((dim for dim in points if dim < enough[0]), default=enough[0])
+        assert needed is not None and before - 1e-6 <= needed <= enough[0] + 1e-6
 
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), shots=st.integers(1, 8), name=st.sampled_from(["mood-good", "animal-class", "even-or-good"]))
 def test_a_few_shot_sample_is_balanced_disjoint_and_depends_on_its_seed_alone(
-    tasks: dict[str, ipt.Task], seed: int, shots: int, name: str
+    tasks: dict[str, Task], seed: int, shots: int, name: str
 ) -> None:
-    sample = tasks[name].source.sample(seed, shots=shots, test_rows=12)
-    ipt._test_rows.cache_clear()
-    again = tasks[name].source.sample(seed, shots=shots, test_rows=12)
-    assert sample == again
+    sample = tasks[name].sample(seed, shots, 12)
+    assert sample == tasks[name].sample(seed, shots, 12)
     for part in (sample.train, sample.validation):
         assert set(Counter(row.answers[0] for row in part).values()) == {shots}
     inputs = [{row.input for row in part} for part in (sample.train, sample.validation, sample.test)]
@@ -178,11 +249,11 @@ def test_a_few_shot_sample_is_balanced_disjoint_and_depends_on_its_seed_alone(
 @given(seed=st.integers(0, 10**6))
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_a_row_s_loss_alone_equals_its_loss_in_a_padded_batch(request: pytest.FixtureRequest, name: str, seed: int) -> None:
-    backbone: ipt.Backbone = request.getfixturevalue(name)
+    backbone: Backbone = request.getfixturevalue(name)
     rng = random.Random(seed)
     words = [word for word in backbone.tokenizer.get_vocab() if not word.startswith("<")]
     draw: Callable[[int], str] = lambda most: " ".join(rng.choices(words, k=rng.randint(1, most)))  # noqa: E731
-    examples = [ipt.Example(draw(15), (draw(6),)) for _ in range(5)]
+    examples = [Example(draw(15), (draw(6),)) for _ in range(5)]
     rows = [(rng.randrange(3), row) for row in backbone.encode(examples, prompt_length=2)]
     prompts = torch.randn(3, 2, backbone.hidden, generator=torch.Generator().manual_seed(seed)) * backbone.embedding_rms
     together, alone = backbone.answer(prompts, rows), [backbone.answer(prompts, [row])[0] for row in rows]
@@ -194,5 +265,5 @@ def test_any_text_can_be_a_tasks_file_and_never_ends_in_another_error(text: str)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tasks.yaml"
         file.write_text(text, encoding="utf-8", errors="replace")
-        with pytest.raises(ipt.IptError, match=r"tasks\.yaml"):
-            ipt.load_tasks(file)
+        with pytest.raises(IptError, match=r"tasks\.yaml"):
+            load_tasks(file)

@@ -10,6 +10,7 @@ import pytest
 import typer
 from conftest import run_ipt
 
+import intrinsic_prompt_tuning
 import ipt
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -37,7 +38,7 @@ def test_ipt_run_runs_on_the_testbed(tmp_path: Path) -> None:
     few = ("--steps", 4, "--evaluations", 1, "--subspace-steps", 2, "--test-rows", 5, "--processes", 1)
     done = run_ipt("run", "--quick", *few, "--cache", tmp_path)
     assert done.code == 0, done.err
-    assert "T_test(IST)        250" in done.out
+    assert "T_test(IST)        subspace  250" in done.out
 
 
 def test_the_readme_s_own_task_is_shown_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +52,17 @@ def test_the_readme_s_own_task_is_shown_as_it_says(tmp_path: Path, monkeypatch: 
     done = run_ipt(*shlex.split(command), "--cache", tmp_path / "cache")
     assert done.code == 0, done.err
     assert "my-task, train: 32 rows" in done.out
+
+
+def test_the_readme_s_python_tunes_a_prompt_and_a_vector(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["1024 numbers", "250 numbers"]
+    assert all(0 <= float(line.split()[-1]) <= 1 for line in lines)
+
+
+def test_the_package_offers_what_its_docstring_says() -> None:
+    for name in intrinsic_prompt_tuning.__all__:
+        assert name in (intrinsic_prompt_tuning.__doc__ or ""), name
+        assert getattr(intrinsic_prompt_tuning, name).__doc__, name

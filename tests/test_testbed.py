@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 import ipt
+from intrinsic_prompt_tuning.backbone import TESTBED_FOLDER, Backbone, load_backbone
+from intrinsic_prompt_tuning.settings import TESTBED
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, World, load_tasks, load_worlds, rows_digest
 
 # One place for all that depends on the final weights.
 KINDS = ("value", "test", "values", "tests")
@@ -22,18 +25,18 @@ MOST_BYTES = 8_000_000
 """Of everything that ships beside the module."""
 
 ROOT = Path(ipt.__file__).resolve().parent
-WEIGHTS = ipt.shipped("testbed") / "model.safetensors"
+WEIGHTS = TESTBED_FOLDER / "model.safetensors"
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the backbone is not there: {WEIGHTS}")
 
 
 @pytest.fixture(scope="module")
-def tasks() -> dict[str, ipt.Task]:
-    return {name: task for name, task in ipt.load_tasks(ipt.TASKS_FILE).items() if ipt.TESTBED in task.splits}
+def tasks() -> dict[str, Task]:
+    return {name: task for name, task in load_tasks(TASKS_FILE).items() if TESTBED in task.splits}
 
 
 @pytest.fixture(scope="module")
-def world() -> ipt.World:
-    return ipt.load_worlds(ipt.TASKS_FILE)[ipt.TESTBED]
+def world() -> World:
+    return load_worlds(TASKS_FILE)[TESTBED]
 
 
 @pytest.fixture(scope="module")
@@ -46,57 +49,57 @@ def maker() -> ModuleType:
     return module
 
 
-def question(task: ipt.Task) -> str:
-    assert isinstance(task.source, ipt.WorldRows)
-    return task.source.question
+def question(task: Task) -> str:
+    world, _, words = task.source.partition(": ")
+    assert world == TESTBED
+    return words
 
 
 # --- Tasks ---------------------------------------------------------------------------------------
 
 
-def test_there_are_100_seen_and_20_unseen_tasks_with_questions_of_their_own(tasks: dict[str, ipt.Task]) -> None:
-    assert Counter(task.splits[ipt.TESTBED] for task in tasks.values()) == {"seen": 100, "unseen": 20}
+def test_there_are_100_seen_and_20_unseen_tasks_with_questions_of_their_own(tasks: dict[str, Task]) -> None:
+    assert Counter(task.splits[TESTBED] for task in tasks.values()) == {"seen": 100, "unseen": 20}
     assert len({(task.kind, question(task)) for task in tasks.values()}) == 120
 
 
-def test_all_kinds_occur_among_seen_and_unseen_tasks(tasks: dict[str, ipt.Task]) -> None:
-    for place in ("seen", "unseen"):
-        kinds = {task.kind for task in tasks.values() if task.splits[ipt.TESTBED] == place}
+def test_all_kinds_occur_among_seen_and_unseen_tasks(tasks: dict[str, Task], world: World) -> None:
+    for role in ("seen", "unseen"):
+        kinds = {task.kind for task in tasks.values() if task.splits[TESTBED] == role}
         assert kinds == {"classification", "multiple-choice", "extraction", "transformation"}
-        labels = {len(task.source.world.labels(question(task))) for task in tasks.values()
-                  if task.splits[ipt.TESTBED] == place and task.kind == "classification"}  # fmt: skip
+        labels = {len(world.labels(question(task))) for task in tasks.values()
+                  if task.splits[TESTBED] == role and task.kind == "classification"}  # fmt: skip
         assert 2 in labels and max(labels) > 2, "yes/no and several labels"
 
 
-def test_no_unseen_and_at_most_half_of_the_seen_tasks_are_pretrained(tasks: dict[str, ipt.Task]) -> None:
-    pretrained = Counter(task.splits[ipt.TESTBED] for task in tasks.values() if task.pretrained)
+def test_no_unseen_and_at_most_half_of_the_seen_tasks_are_pretrained(tasks: dict[str, Task]) -> None:
+    pretrained = Counter(task.splits[TESTBED] for task in tasks.values() if task.pretrained)
     assert pretrained["unseen"] == 0
     assert 0 < pretrained["seen"] <= 50
 
 
-def test_every_task_has_rows_for_two_data_seeds_that_are_not_all_alike(tasks: dict[str, ipt.Task]) -> None:
+def test_every_task_has_rows_for_two_data_seeds_that_are_not_all_alike(tasks: dict[str, Task]) -> None:
     for name, task in tasks.items():
-        samples = [task.source.sample(seed, shots=4, test_rows=30) for seed in (100, 21)]
+        samples = [task.sample(seed, 4, 30) for seed in (100, 21)]
         assert len({row.answers for row in samples[0].test}) > 1, name
         assert set(samples[0].train) != set(samples[1].train)
         sentences = [{row.input for row in part} for s in samples for part in (s.train, s.validation)]
         assert not any({row.input for row in samples[0].test} & part for part in sentences), name
 
 
-def test_the_rows_that_a_clone_draws_are_those_that_the_figures_were_made_with(tasks: dict[str, ipt.Task]) -> None:
+def test_the_rows_that_a_clone_draws_are_those_that_the_figures_were_made_with(tasks: dict[str, Task]) -> None:
     """The draw uses no global state: neither the order of tasks nor another generator tells on it."""
     names = list(tasks)[::17]
-    first = {name: tasks[name].source.sample(100, shots=4, test_rows=6) for name in names}
+    first = {name: tasks[name].sample(100, 4, 6) for name in names}
     random.seed(123)
-    ipt._test_rows.cache_clear()
-    again = {name: tasks[name].source.sample(100, shots=4, test_rows=6) for name in reversed(names)}
+    again = {name: tasks[name].sample(100, 4, 6) for name in reversed(names)}
     assert first == again
     drawn = [row for name in names for part in ("train", "validation", "test") for row in getattr(first[name], part)]
-    assert ipt.rows_digest(drawn) == "f9c10bcce53d0fc9"
+    assert rows_digest(drawn) == "d4add31c527b5c9c"
 
 
-def test_the_tasks_are_the_script_s_draw(maker: ModuleType, world: ipt.World) -> None:
-    lines = ipt.TASKS_FILE.read_text(encoding="utf-8").splitlines()
+def test_the_tasks_are_the_script_s_draw(maker: ModuleType, world: World) -> None:
+    lines = TASKS_FILE.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if "{world: testbed" in line] == list(maker.draw_task_rows(world))
 
 
@@ -105,18 +108,18 @@ def test_the_tasks_are_the_script_s_draw(maker: ModuleType, world: ipt.World) ->
 
 @pytest.fixture(scope="module")
 def held_out(maker: ModuleType) -> Any:
-    return maker.held_out_compositions(ipt.load_tasks(ipt.TASKS_FILE))
+    return maker.held_out_compositions(load_tasks(TASKS_FILE))
 
 
 def test_what_is_held_out_are_the_compositions_of_all_tasks_that_are_not_pretrained(
-    maker: ModuleType, tasks: dict[str, ipt.Task], held_out: Any
+    maker: ModuleType, tasks: dict[str, Task], held_out: Any
 ) -> None:
     assert held_out == {maker.composition(question(task)) for task in tasks.values() if not task.pretrained}
-    assert all(maker.composition(question(task)) in held_out for task in tasks.values() if task.splits[ipt.TESTBED] == "unseen")
+    assert all(maker.composition(question(task)) in held_out for task in tasks.values() if task.splits[TESTBED] == "unseen")
 
 
 def test_pre_training_never_draws_a_held_out_composition(
-    maker: ModuleType, world: ipt.World, tasks: dict[str, ipt.Task], held_out: Any
+    maker: ModuleType, world: World, tasks: dict[str, Task], held_out: Any
 ) -> None:
     batches = maker.Batches(world, maker.make_tokenizer(world), held_out, seed=5)
     banned = [parts_of(question(task)) for task in tasks.values() if not task.pretrained]
@@ -129,7 +132,7 @@ def test_pre_training_never_draws_a_held_out_composition(
     assert sum(map(len, drawn.values())) > 1000  # breadth: else nothing banned might ever have come up
 
 
-def test_without_the_ban_held_out_compositions_would_be_drawn(maker: ModuleType, world: ipt.World, held_out: Any) -> None:
+def test_without_the_ban_held_out_compositions_would_be_drawn(maker: ModuleType, world: World, held_out: Any) -> None:
     batches = maker.Batches(world, maker.make_tokenizer(world), set(), seed=5)
     drawn = {maker.composition(batches.draw_question(kind)) for kind in KINDS for _ in range(4000)}
     assert len(drawn & held_out) > len(held_out) / 4
@@ -142,7 +145,7 @@ def parts_of(text: str) -> frozenset[str]:
     return frozenset(bare | ({"not"} if len(words) == 1 and text.startswith("not ") else set()))
 
 
-def test_partial_answers_stand_at_the_words_that_complete_or_combine(maker: ModuleType, world: ipt.World) -> None:
+def test_partial_answers_stand_at_the_words_that_complete_or_combine(maker: ModuleType, world: World) -> None:
     entries = {
         "subject": {"word": "swan", "category": "bird", "size": "large"}, "object": {"size": "small"},
         "day": {"word": "tuesday", "next": "wednesday"}, "city": {"tone": "cool"}, "colour": {"tone": "warm"},
@@ -161,28 +164,28 @@ def test_partial_answers_stand_at_the_words_that_complete_or_combine(maker: Modu
 
 @needs_weights
 def test_what_ships_is_a_few_megabytes_of_plain_files() -> None:
-    files = [path for path in WEIGHTS.parent.parent.rglob("*") if path.is_file()]
+    files = [path for path in WEIGHTS.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MOST_BYTES
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in WEIGHTS.parent.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def backbone() -> ipt.Backbone:
-    return ipt.load_backbone(ipt.TESTBED, device="cpu")
+def backbone() -> Backbone:
+    return load_backbone(TESTBED, device="cpu")
 
 
 @needs_weights
-def test_the_backbone_is_a_t5_of_about_a_million_parameters(backbone: ipt.Backbone) -> None:
+def test_the_backbone_is_a_t5_of_about_a_million_parameters(backbone: Backbone) -> None:
     assert backbone.model.config.model_type == "t5"
     assert 5e5 < sum(weight.numel() for weight in backbone.model.parameters()) < 2e6
 
 
 @needs_weights
-def test_the_tokenizer_knows_every_word_of_the_world(backbone: ipt.Backbone, tasks: dict[str, ipt.Task]) -> None:
+def test_the_tokenizer_knows_every_word_of_the_world(backbone: Backbone, tasks: dict[str, Task]) -> None:
     unknown = backbone.tokenizer.unk_token_id
     for name, task in tasks.items():
-        sample = task.source.sample(100, shots=4, test_rows=20)
+        sample = task.sample(100, 4, 20)
         for row in [*sample.train, *sample.test]:
             encoded = backbone.encode([row], prompt_length=8)[0]
             assert unknown not in encoded.input_ids + encoded.target_ids, name
@@ -194,7 +197,7 @@ def test_the_tokenizer_knows_every_word_of_the_world(backbone: ipt.Backbone, tas
 @needs_weights
 @pytest.mark.parametrize("part", LEAST_BY_INSTRUCTION)
 def test_the_backbone_answers_questions_in_words(
-    backbone: ipt.Backbone, maker: ModuleType, world: ipt.World, held_out: Any, part: str
+    backbone: Backbone, maker: ModuleType, world: World, held_out: Any, part: str
 ) -> None:
     batches, rows = maker.Batches(world, maker.make_tokenizer(world), set(), seed=31), []
     while len(rows) < 320:
@@ -204,7 +207,7 @@ def test_the_backbone_answers_questions_in_words(
         if (maker.composition(words) in held_out) == (part == "held-out"):
             scene, answer = batches.draw_scene(words)
             text = " ".join([*(words.split() + [maker.FILLER] * 8)[:8], world.describe(scene)])
-            rows.append((0, backbone.encode([ipt.Example(text, (answer,))], prompt_length=0)[0]))
+            rows.append((0, backbone.encode([Example(text, (answer,))], prompt_length=0)[0]))
     answers = backbone.answer(backbone.initial_prompt(0, seed=0)[None], rows, decoding="generate")
     right = sum(a.text == row.example.answers[0] for a, (_, row) in zip(answers, rows, strict=True))
     assert right / len(rows) >= LEAST_BY_INSTRUCTION[part]

@@ -1,0 +1,415 @@
+"""The frozen language model and its tokenizer: loading, tokens, and answers to rows behind soft prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from intrinsic_prompt_tuning.causal import Causal, PromptAt
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.layout import Layout, causal_layout
+from intrinsic_prompt_tuning.lazy import torch, transformers
+from intrinsic_prompt_tuning.passes import IGNORE, Budget, first_budgets, to_device
+from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
+from intrinsic_prompt_tuning.settings import TESTBED
+from intrinsic_prompt_tuning.tasks import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Decoding = Literal["options", "generate"]
+Precision = Literal["auto", "fp32", "bf16"]
+TESTBED_FOLDER = Path(__file__).with_name("testbed")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids, made once."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    option_ids: list[list[int]]
+    example: Example
+    answer_limit: int
+    """Tokens to generate at most."""
+    truncated: bool
+
+    def __len__(self) -> int:
+        """Return the tokens that a pass over this row holds."""
+        return len(self.input_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the backbone answered to a row."""
+
+    text: str
+    loss: float
+    """Mean loss per token of the right answer; nan when it was not asked for."""
+
+
+class LanguageModel(Protocol):
+    """A frozen model of transformers, and how rows go through it: Seq2Seq or Causal."""
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+
+    def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Any:
+        """Run the model on prompts (rows, prompt_length, hidden) and inputs; what comes back is for the other two."""
+
+    def text_losses(self, begun: Any, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
+        """Return minus the log-likelihood of texts behind some of these rows: (texts,), float32."""
+
+    def generate(self, begun: Any, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+        """Return greedily generated tokens of some of these rows, each at most so many."""
+
+
+class Backbone:
+    """A frozen language model, its tokenizer, and how much goes through it at once."""
+
+    def __init__(
+        self,
+        name: str,
+        lm: LanguageModel,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        budgets: tuple[Budget, Budget],
+        layout: Layout | None = None,
+    ) -> None:
+        """Put together what `load_backbone` has loaded.
+
+        Args:
+            name: for messages.
+            lm: the model, and how rows go through it.
+            tokenizer: of transformers.
+            layout: how text becomes tokens; without it an encoder-decoder's.
+            max_length: tokens of prompt and input together.
+            budgets: of passes forward and backward, and of those forward only, which keep no activations.
+        """
+        self.name, self.lm, self.tokenizer, self.max_length = name, lm, tokenizer, max_length
+        self.layout = layout or Layout(tokenizer)
+        self.budget, self.answer_budget = budgets
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers."""
+        return self.lm.model
+
+    @property
+    def chat(self) -> bool:
+        """Whether rows are written by the chat template."""
+        return getattr(self.layout, "chat", False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.model.device)
+
+    @property
+    def precision(self) -> str:
+        """What the weights are, such as float32."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def hidden(self) -> int:
+        """The size of an input embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest that changes with the architecture, any weight, and the tokenizer, its behaviour included."""
+        about = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+        config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
+        rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
+        digest = hashlib.sha256(json.dumps([self.tokenizer.get_vocab(), rules, config], sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """The root mean square of the embeddings as the model gets them: about 10 for T5, 0.02 for BART."""
+        with torch.no_grad():
+            ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)
+            return float(self.model.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
+
+    def initial_prompt(self, prompt_length: int, seed: int) -> Tensor:
+        """Return embeddings of random words of the vocabulary, the start that all tasks share: (prompt_length, hidden)."""
+        special = set(self.tokenizer.all_special_ids)
+        words = [token for token in range(len(self.tokenizer)) if token not in special]
+        ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device, dtype=torch.long)
+        with torch.no_grad():
+            embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
+        return embeddings
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None: any number."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def room(self, prompt_length: int, answer_length: int = 1) -> int:
+        """Return how many tokens of an input fit beside a prompt, and, in a causal model, an answer.
+
+        Raises:
+            IptError: too few.
+        """
+        most = self.max_length
+        if isinstance(self.lm, Causal) and self.positions:
+            most = min(most, self.positions - answer_length)
+        if (room := most - prompt_length - len(self.layout.before) - len(self.layout.after)) < 4:
+            raise IptError(
+                f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {most} tokens in "
+                "all; use a smaller --prompt-length"
+            )
+        return room
+
+    def encode(self, examples: Sequence[Example], *, prompt_length: int, answer_limit: int | None = None) -> list[Encoded]:
+        """Tokenise the rows of one task, cutting inputs so that prompt, input and end-of-sequence fit.
+
+        Args:
+            examples: rows of one task.
+            prompt_length: tokens of the prompt.
+            answer_limit: tokens to generate at most; None: those of the longest reference.
+
+        Raises:
+            IptError: the prompt leaves no room for any input.
+        """
+        texts = sorted({text for e in examples for text in (*e.answers, *e.options)})
+        ids = dict(zip(texts, self.layout.answers(texts), strict=True))
+        if most := self.positions:
+            ids = {text: own if len(own) <= most else own[: most - 1] + own[-1:] for text, own in ids.items()}
+        limit = answer_limit or max((len(ids[text]) for e in examples for text in e.answers), default=1)
+        limit = min(limit, self.positions or limit)
+        room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
+        inputs = self.layout.inputs([e.input for e in examples])
+        return [
+            Encoded(self._around(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
+            for own, e in zip(inputs, examples, strict=True)
+        ]
+
+    def _around(self, ids: list[int], example: Example, room: int) -> list[int]:
+        """Return an input's tokens, cut to a length, between what stands around every input."""
+        return [*self.layout.before, *self._cut(ids, example, room), *self.layout.after]
+
+    def _cut(self, ids: list[int], example: Example, room: int) -> list[int]:
+        """Cut input ids to a length: the end of what stands before the example's tail, then the start of the tail."""
+        if len(ids) <= room:
+            return ids
+        tail = example.input[len(example.input) - example.tail :]
+        spared = self.layout.closing + len(self.tokenizer(tail, add_special_tokens=False).input_ids)
+        head = max(1, room - spared)
+        return ids[:head] + ids[len(ids) - (room - head) :]
+
+    def answer(
+        self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: Decoding = "options", losses: bool = True
+    ) -> list[Answer]:
+        """Answer rows, each behind the soft prompt that it names.
+
+        Args:
+            soft_prompts: (tasks, prompt_length, hidden).
+            rows: (index of the soft prompt, example).
+            decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily.
+            losses: whether to compute the loss of the right answer, too.
+        """
+        answers: dict[int, Answer] = {}
+
+        def work(numbers: list[int]) -> None:
+            chunk = [rows[n][1] for n in numbers]
+            begun = self.lm.begin(
+                soft_prompts[to_device([rows[n][0] for n in numbers], self.device)], [e.input_ids for e in chunk]
+            )
+            choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
+            wanted = [(i, e.target_ids) for i, e in enumerate(chunk) if losses]
+            wanted += [(i, option) for i in choosing for option in chunk[i].option_ids]
+            # An option that is the right answer, as one is, need not be scored twice.
+            texts = list(dict.fromkeys((i, tuple(text)) for i, text in wanted))
+            loss_of = dict(zip(texts, self._text_losses(begun, texts, soft_prompts.shape[1] + len(chunk[0])), strict=True))
+            said = self._generate(begun, chunk, sorted(set(range(len(chunk))) - set(choosing)))
+            for i in choosing:
+                options = [loss_of[i, tuple(option)] for option in chunk[i].option_ids]
+                said[i] = chunk[i].example.options[options.index(min(options))]
+            for i, n in enumerate(numbers):
+                target = tuple(chunk[i].target_ids)
+                answers[n] = Answer(said[i], loss_of[i, target] / len(target) if losses else math.nan)
+
+        with torch.inference_mode():
+            self.answer_budget.in_passes([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+        return [answers[n] for n in range(len(rows))]
+
+    def losses(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]]) -> list[float]:
+        """Return the mean loss per token of rows' right answers, each behind the soft prompt that it names, without answering."""
+        found = [0.0] * len(rows)
+
+        def work(numbers: list[int]) -> None:
+            own = [rows[n] for n in numbers]
+            begun = self.lm.begin(soft_prompts[to_device([at for at, _ in own], self.device)], [e.input_ids for _, e in own])
+            sums = self.lm.text_losses(begun, range(len(own)), [e.target_ids for _, e in own]).tolist()
+            for n, total, (_, example) in zip(numbers, sums, own, strict=True):
+                found[n] = total / len(example.target_ids)
+
+        with torch.inference_mode():
+            self.answer_budget.in_passes([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+        return found
+
+    def _text_losses(self, begun: Any, texts: Sequence[tuple[int, tuple[int, ...]]], width: int) -> list[float]:
+        """Return the losses of (row, text), in pieces: each text brings a copy of its row's states, so many tokens wide."""
+        losses: list[float] = []
+        size = max(1, 4 * self.answer_budget.tokens // width)
+        for start in range(0, len(texts), size):
+            piece = texts[start : start + size]
+            losses += self.lm.text_losses(begun, [i for i, _ in piece], [list(text) for _, text in piece]).tolist()
+        return losses
+
+    def _generate(self, begun: Any, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
+        """Return greedily generated text of some rows."""
+        written = self.lm.generate(begun, which, [chunk[i].answer_limit for i in which]) if which else []
+        return dict(zip(which, self.layout.text(written), strict=True))
+
+
+def load_backbone(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    max_length: int = 512,
+    compiled: bool = False,
+    prompt_at: PromptAt = "front",
+    chat: bool | None = None,
+) -> Backbone:
+    """Load and freeze a language model, and check it.
+
+    Args:
+        name: a Hub id, a local folder, a `.gguf` file, or `testbed`.
+        device: `auto` takes a GPU when there is one, each rank its own.
+        precision: `bf16`, `fp32`, or `auto`: bf16 on a GPU that has it. What learns is always float32.
+        max_length: tokens of prompt and input together, at most what the backbone has positions for.
+        compiled: let torch.compile make kernels of its own.
+        prompt_at: where a causal model's prompt stands, in front of the input or behind it.
+        chat: write a causal model's rows by the tokenizer's chat template; None: if it has one.
+
+    Raises:
+        IptError: there is no such model, it is no language model that answers, or it computes another thing here than alone.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    where = _find_device(device)
+    half = precision == "bf16" or (precision == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported())
+    model, tokenizer = _load(name, torch.bfloat16 if half else torch.float32)
+    model = model.to(where).eval().requires_grad_(False)
+    # Answers are greedy, whatever the backbone was saved with: beams, forced tokens, penalties.
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    model.generation_config = transformers.GenerationConfig(**{name: getattr(model.config, name, None) for name in special})
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    about: dict[str, Any] = {"max_length": min(max_length, positions), "budgets": first_budgets(where)}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if model.config.is_encoder_decoder:
+        if prompt_at == "end" or chat:
+            asked = "--prompt-at end" if prompt_at == "end" else "--chat"
+            raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
+        if not compiled and model._supports_sdpa:
+            share_position_bias(model)
+        backbone = Backbone(name, Seq2Seq(model, padding), tokenizer, **about)
+    else:
+        layout = causal_layout(tokenizer, name, chat)
+        lm = Causal(model, padding if padding is not None else layout.end, prompt_at, end=layout.end)
+        backbone = Backbone(name, lm, tokenizer, layout=layout, **about)
+    check_backbone(backbone)
+    if compiled:
+        for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,):
+            part.compile(dynamic=True)
+    return backbone
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return model and tokenizer as transformers loads them, safetensors and no code of the model's own."""
+    path, options = (str(TESTBED_FOLDER) if name == TESTBED else name), dict[str, Any]()
+    if name.endswith(".gguf"):
+        path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+        if importlib.util.find_spec("gguf") is None:
+            raise IptError(f"to read '{name}', install the package gguf: pip install 'intrinsic-prompt-tuning[gguf]'")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+        encoder_only = [a for a in getattr(config, "architectures", None) or () if a.endswith("ForMaskedLM")]
+        if encoder_only and not config.is_encoder_decoder:
+            raise IptError(f"the backbone '{name}' is an encoder alone ({encoder_only[0]}), which cannot answer")
+        kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        weights = {} if options else {"use_safetensors": True}
+        loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **weights, **options)
+        model, loading = loaded
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except IptError:
+        raise
+    except Exception as error:  # readers of safetensors, GGUF, JSON and configurations raise whatever they like
+        raise IptError(
+            f"cannot load the backbone '{name}' as a language model: {(str(error).splitlines() or [repr(error)])[0]} "
+            "Expected a Hub id (google/t5-base-lm-adapt), a folder with config, safetensors and tokenizer, or a .gguf file"
+        ) from error
+    if loading["missing_keys"]:
+        raise IptError(f"the backbone '{name}' lacks the tensors {', '.join(sorted(loading['missing_keys']))}: it is not whole")
+    return model, tokenizer
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Send one row through our path with an empty prompt, and through the model's own; refuse a model that differs.
+
+    Families differ in what they do between tokens and layers (scaled embeddings, start tokens, masks). Whatever passes is right.
+
+    Raises:
+        IptError: the losses differ, or one path fails.
+    """
+    model, example = backbone.model, Example("is it so that one and two are three?", ("yes",), ("yes", "no"))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    try:
+        (row,) = backbone.encode([example], prompt_length=0)
+        nothing = torch.zeros(1, 0, backbone.hidden, device=backbone.device)
+        (answer,) = backbone.answer(nothing, [(0, row)])
+        ours = answer.loss
+        ids, target = (torch.tensor([ids], device=backbone.device) for ids in (row.input_ids, row.target_ids))
+        with torch.no_grad():
+            if isinstance(backbone.lm, Seq2Seq):
+                # What is generated starts as what is trained (mBART's labels end in the start).
+                start = model.prepare_decoder_input_ids_from_labels(labels=target)[0, 0]
+                model.generation_config.decoder_start_token_id = int(start)
+                theirs = float(model(input_ids=ids, labels=target).loss)
+            else:
+                labels = torch.cat([torch.full_like(ids, IGNORE), target], dim=1)
+                theirs = float(model(input_ids=torch.cat([ids, target], dim=1), labels=labels).loss)
+    except Exception as error:  # whatever a family of models does that this program does not know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise IptError(f"the backbone '{backbone.name}' ({model.config.model_type}) cannot be used here: {reason}") from error
+    if not abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)):
+        raise IptError(
+            f"the backbone '{backbone.name}' ({model.config.model_type}) computes another loss behind an empty prompt "
+            f"({ours:.4f}) than alone ({theirs:.4f}): its family does something that this program does not know"
+        )
+
+
+def _find_device(name: str) -> torch.device:
+    """Return a device that is there, `auto` being this rank's GPU if there is one."""
+    try:
+        if name == "auto":
+            count = torch.cuda.device_count()
+            name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise IptError(
+            f"there is no device '{name}' here ({str(error).splitlines()[0]}): use --device auto, cpu or cuda"
+        ) from error
+    return device

@@ -1,0 +1,198 @@
+"""A causal language model (GPT-2, Llama, Qwen ...): the soft prompt stands in front of the text, as in PEFT, or behind it.
+
+Behind the text, what the frozen model keeps of an input (keys and values) does not depend on the prompt: every input goes
+through the model once, and from then on a step costs only the tokens of prompt and answer.
+Positions are counted over real tokens alone, so that padding is not seen, whatever the tokenizer's side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from intrinsic_prompt_tuning.lazy import np, torch, transformers
+from intrinsic_prompt_tuning.passes import available_memory, padded, to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PromptAt = Literal["front", "end"]
+KeysAndValues = list[tuple["Tensor", "Tensor"]]
+"""Of each layer: keys and values (heads, length, dim) of one row, without padding."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows whose prompt and input are done: all texts behind a row go on from there."""
+
+    logits: Tensor
+    """(rows, vocabulary), of the first token that follows."""
+    cache: Any
+    """Keys and values of prompt and input."""
+    mask: Tensor
+    """(rows, length): which of them are real."""
+    lengths: Tensor
+    """(rows,): how many are."""
+
+    def of(self, rows: Sequence[int]) -> Begun:
+        """Return some rows, perhaps several times; what follows in one is not seen in another."""
+        at = to_device(rows, self.mask.device)
+        chosen = transformers.DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            chosen.update(layer.keys[at], layer.values[at], number)
+        return Begun(self.logits[at], chosen, self.mask[at], self.lengths[at])
+
+
+class Causal:
+    """A frozen causal model of transformers, and how rows go through it."""
+
+    def __init__(
+        self, model: Any, pad_token_id: int, prompt_at: PromptAt = "front", *, end: int, memory: float | None = None
+    ) -> None:
+        """Take a model.
+
+        Args:
+            model: of transformers.
+            pad_token_id: what fills rows up; it is never seen.
+            prompt_at: in front of the input or behind it.
+            end: the token that ends an answer.
+            memory: bytes that inputs may keep, when the prompt is behind; without it a quarter of what is free.
+        """
+        self.model, self.pad_token_id, self.prompt_at, self.end = model, pad_token_id, prompt_at, end
+        # Versions of transformers differ in the name.
+        self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.memory = available_memory(model.device) / 4 if memory is None else memory
+        self.kept: OrderedDict[tuple[int, ...], KeysAndValues] = OrderedDict()
+        self._kept_bytes = 0.0
+
+    def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
+        """Run the model on soft prompts and inputs.
+
+        Args:
+            soft_prompts: (rows, prompt_length, hidden), float32.
+            input_ids: one list a row, none empty.
+        """
+        n_rows, prompt_length = soft_prompts.shape[:2]
+        if self.prompt_at == "end" and prompt_length:
+            cache, before = self._inputs_once(input_ids)
+            real = np.ones((n_rows, prompt_length), dtype=bool)
+            return self._go_on(soft_prompts.to(self.model.dtype), real, cache, before)
+        ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
+        embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
+        real = np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True)
+        return self._go_on(embeddings, real, transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool))
+
+    def _go_on(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray) -> Begun:
+        """Run the model on (rows, length, hidden), of which some are real, behind what a cache holds; keep the last logits."""
+        lengths = before.sum(1) + real.sum(1)
+        last = np.arange(len(real)) * real.shape[1] + real.sum(1) - 1
+        logits = self._logits(embeddings, real, cache, before, last)
+        mask = np.concatenate([before, real], axis=1)
+        return Begun(logits, cache, to_device(mask, embeddings.device), to_device(lengths, embeddings.device))
+
+    def _logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
+        """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
+        device = embeddings.device
+        earlier = before if torch.is_tensor(before) else to_device(before, device)
+        mask = torch.cat([earlier, to_device(real, device)], dim=1)
+        positions = earlier.sum(1, keepdim=True) + to_device(np.maximum(real.cumsum(1) - 1, 0), device)
+        at = to_device(flat, device)
+        head = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, states: (states[0].flatten(0, 1).index_select(0, at),)
+        )
+        try:
+            out = self.model(
+                inputs_embeds=embeddings,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                use_cache=True,
+                **{self._cache_name: cache},
+            )
+            logits: Tensor = out.logits.float()
+            return logits
+        finally:
+            head.remove()
+
+    def _inputs_once(self, input_ids: Sequence[list[int]]) -> tuple[Any, np.ndarray]:
+        """Return a cache of inputs, each of which goes through the model once if memory keeps it; and what is real of it."""
+        keys = [tuple(ids) for ids in input_ids]
+        missing = [key for key in dict.fromkeys(keys) if key not in self.kept]
+        rows = {key: self.kept[key] for key in keys if key in self.kept} | (self._run_inputs(missing) if missing else {})
+        for key in keys:
+            self._keep(key, rows[key])
+        lengths = [len(key) for key in keys]
+        real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        cache: Any = transformers.DynamicCache()
+        for number in range(len(rows[keys[0]])):
+            parts = ([rows[key][number][which].transpose(0, 1) for key in keys] for which in (0, 1))
+            padded_parts = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts)
+            cache.update(*padded_parts, number)  # (rows, heads, length, dim) each
+        return cache, real
+
+    def _run_inputs(self, inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KeysAndValues]:
+        ids, real = padded(inputs, self.pad_token_id, self.model.device)
+        cache: Any = transformers.DynamicCache()
+        with torch.no_grad():
+            nothing = np.zeros((len(inputs), 0), dtype=bool)
+            self._logits(self.model.get_input_embeddings()(ids), real, cache, nothing, np.arange(1))
+        return {
+            key: [(layer.keys[i, :, : len(key)].clone(), layer.values[i, :, : len(key)].clone()) for layer in cache.layers]
+            for i, key in enumerate(inputs)
+        }
+
+    def _keep(self, key: tuple[int, ...], row: KeysAndValues) -> None:
+        """Remember an input, and forget the one that was used the longest ago when memory is full."""
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return
+        self.kept[key] = row
+        self._kept_bytes += _bytes(row)
+        while self._kept_bytes > self.memory:
+            self._kept_bytes -= _bytes(self.kept.popitem(last=False)[1])
+
+    def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
+        """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
+
+        Args:
+            begun: rows whose prompt and input are done.
+            rows: which row each text is behind.
+            texts: their tokens.
+        """
+        behind, device = begun.of(rows), self.model.device
+        tokens, real = padded(texts, 0, device)  # (texts, length)
+        losses = torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none")
+        if tokens.shape[1] == 1 or not real[:, 1:].any():
+            return losses
+        flat, of = np.flatnonzero(real[:, 1:]), np.nonzero(real[:, 1:])[0]
+        embeddings = self.model.get_input_embeddings()(tokens[:, :-1])
+        logits = self._logits(embeddings, real[:, :-1], behind.cache, behind.mask, flat)
+        wanted = tokens[:, 1:].flatten().index_select(0, to_device(flat, device))
+        following = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        return losses.index_add(0, to_device(of, device), following)
+
+    def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+        """Return greedily generated tokens of some rows, each at most so many.
+
+        Not transformers' `generate`, which follows what the backbone was saved with and wants padding on the left.
+        """
+        behind = begun.of(rows)
+        mask, logits, tokens = behind.mask, behind.logits, [list[int]() for _ in rows]
+        one = np.ones((len(rows), 1), dtype=bool)
+        for _ in range(max(limits)):
+            following = logits.argmax(-1)
+            for written, token in zip(tokens, following.tolist(), strict=True):
+                if not (written and written[-1] == self.end):
+                    written.append(token)
+            if all(written[-1] == self.end or len(written) >= limit for written, limit in zip(tokens, limits, strict=True)):
+                break
+            embeddings = self.model.get_input_embeddings()(following[:, None])
+            logits = self._logits(embeddings, one, behind.cache, mask, np.arange(len(rows)))
+            mask = torch.cat([mask, to_device(one, mask.device)], dim=1)
+        return [written[:limit] for written, limit in zip(tokens, limits, strict=True)]
+
+
+def _bytes(row: KeysAndValues) -> float:
+    return float(sum(part.numel() * part.element_size() for layer in row for part in layer))

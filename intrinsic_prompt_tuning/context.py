@@ -1,0 +1,294 @@
+"""Options made real: the tasks of a split, their rows, the loaded backbone, the cache, and what the cache holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
+from intrinsic_prompt_tuning.causal import PromptAt
+from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, user_cache, write_bytes
+from intrinsic_prompt_tuning.finding import SubspaceConfig
+from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.passes import Budget, first_budgets
+from intrinsic_prompt_tuning.ranks import rank
+from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
+from intrinsic_prompt_tuning.settings import TESTBED, Setting, settled
+from intrinsic_prompt_tuning.spaces import Space
+from intrinsic_prompt_tuning.tasks import (
+    TASKS_FILE,
+    Example,
+    Sample,
+    Task,
+    find_few_shot_tasks,
+    kept,
+    load_tasks,
+    rows_digest,
+    split_tasks,
+    subsets,
+)  # fmt: skip
+from intrinsic_prompt_tuning.tuning import TuneConfig
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import Tensor
+
+COLLECTION_SEED = 100
+"""The data seed of the prompts that the subspace is made of, and of every baseline."""
+Start = Literal["random", "seen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all commands share."""
+
+    backbone: Annotated[str, Setting("Hub id, folder or .gguf file of a causal or encoder-decoder model.")] = TESTBED
+    split: Annotated[str, Setting("Which tasks are seen and unseen: a name, or a YAML file.")] = "random"
+    data: Annotated[Path | None, Setting("Folder of few-shot files (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
+    tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
+    cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
+    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000)] = 100
+    shots: Annotated[int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
+    test_rows: Annotated[int, Setting("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
+    max_length: Annotated[int, Setting("Tokens of prompt and input together.", least=8)] = 512
+    decoding: Annotated[Decoding, Setting("options: the most likely option; generate: as CrossFit.")] = "options"
+    precision: Annotated[Precision, Setting("Of the backbone; what learns is always fp32.")] = "auto"
+    device: Annotated[str, Setting("auto, cpu, cuda, cuda:1 ...")] = "auto"
+    prompt_at: Annotated[PromptAt, Setting("Where a causal model's prompt stands: in front of the input or behind it.")] = "front"
+    chat: Annotated[bool | None, Setting("Write rows by the chat template.", shown_default="if the tokenizer has one")] = None
+    compiled: Annotated[bool, Setting("Compile the backbone, which takes minutes.", name="compile")] = False
+    seed: Annotated[int, Setting("Of the initial prompt that all tasks share, and of where vectors start.", least=0)] = 0
+    slots: Annotated[int | None, Setting("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16")] = None
+    skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The grids of learning rates, of which validation chooses per task."""
+
+    learning_rate: Annotated[
+        list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.")
+    ] = field(default_factory=lambda: [0.1])
+    vector_learning_rate: Annotated[list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.")] = field(
+        default_factory=lambda: [0.1]
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rate."""
+        for rate in (*self.learning_rate, *self.vector_learning_rate):
+            if not 0 < rate < math.inf:
+                raise IptError(f"--learning-rate is {rate}, expected a number above 0")
+
+
+class Context:
+    """A backbone, tasks and a cache: what the commands work on."""
+
+    def __init__(
+        self, options: Options, tuning: TuneConfig | None = None, fitting: SubspaceConfig | None = None,
+        rates: Rates | None = None, report: Reporter | None = None,
+    ) -> None:  # fmt: skip
+        """Read tasks and split; the backbone is loaded, and rows are drawn, when they are asked for.
+
+        Raises:
+            IptError: a file of tasks or the split is wrong.
+        """
+        self.options, self.report = options, report or Reporter()
+        self.tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
+        known = load_tasks(options.tasks_file)
+        self.tasks = find_few_shot_tasks(options.data, known) if options.data else known
+        self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
+        """The split's tasks and what they are in it: seen or unseen."""
+        self.left_out: dict[str, str] = {}
+        """Task or file -> why it could not be used."""
+        self._samples: dict[tuple[str, int], Sample] = {}
+        self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
+        self._spaces: dict[str, Space] = {}
+        self._measured: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], report: Reporter | None = None) -> Self:
+        """Make an experiment of settings by name, those of the testbed or the paper where none are given."""
+        testbed = given.get("backbone") in (None, TESTBED) and not given.get("data")
+        settings = partial(settled, given=given, testbed=testbed)
+        return cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The loaded backbone."""
+        o = self.options
+        loaded = load_backbone(
+            o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compiled,
+            prompt_at=o.prompt_at, chat=o.chat,
+        )  # fmt: skip
+        loaded.room(o.prompt_length)
+        return loaded
+
+    @cached_property
+    def store(self) -> Store:
+        """The cache's part for this backbone, and how much is known to fit into memory at once."""
+        name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
+        store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
+        with contextlib.suppress(OSError, ValueError, TypeError):  # what was found out on the way is found out again
+            numbers = json.loads(self._budget_file(store).read_bytes())
+            self.backbone.budget, self.backbone.answer_budget = (Budget(int(tokens), float(most)) for tokens, most in numbers)
+        return store
+
+    @property
+    def cache(self) -> Path:
+        """The folder of all results."""
+        return self.options.cache or user_cache()
+
+    def _budget_file(self, store: Store) -> Path:
+        device = self.backbone.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return store.folder / "budgets" / f"{file_name(f'{platform.node()}-{kind}')}.json"
+
+    def remember_budgets(self) -> None:
+        """Keep what was found out about how much fits into memory, for the next command on this machine."""
+        file, first = self._budget_file(self.store), first_budgets(self.backbone.device)
+        known = json.loads(file.read_bytes()) if file.exists() else [list(astuple(budget)) for budget in first]
+        found = [list(astuple(budget)) for budget in (self.backbone.budget, self.backbone.answer_budget)]
+        if rank() == 0 and found != known:
+            write_bytes(file, json.dumps(found).encode())
+
+    @cached_property
+    def prompt_space(self) -> Space:
+        """The space of whole soft prompts, around the initial prompt that all tasks share."""
+        return Space(self.backbone.initial_prompt(self.options.prompt_length, self.options.seed), self.backbone.embedding_rms)
+
+    def task(self, name: str) -> Task:
+        """Return a task by name."""
+        if name not in self.tasks:
+            raise IptError(f"there is no task '{name}'{nearest(name, self.tasks)}; 'ipt tasks' lists them")
+        return self.tasks[name]
+
+    def named(self, *roles: str) -> list[str]:
+        """Return the split's tasks in these roles, seen or unseen, but for those left out."""
+        return [task for task, role in self.roles.items() if role.split("-")[0] in roles and task not in self.left_out]
+
+    def restrict(self, tasks: Iterable[str]) -> None:
+        """Reduce the split to some of its tasks."""
+        kept_tasks = set(tasks)
+        self.roles = {task: role for task, role in self.roles.items() if task in kept_tasks}
+
+    def with_rows(self, tasks: Iterable[str], data_seed: int) -> list[str]:
+        """Return the tasks whose rows can be had.
+
+        Raises:
+            IptError: some cannot, and nobody asked for leaving them out.
+        """
+        failures, good = dict[str, str](), list[str]()
+        for task in tasks:
+            try:
+                self.sample(task, data_seed)
+                good.append(task)
+            except IptError as error:
+                failures[task] = str(error)
+        if failures and not self.options.skip_missing:
+            sentences = "; ".join(failures.values())
+            raise IptError(f"{len(failures)} tasks cannot be had, leave them out with --skip-missing: {sentences}")
+        self.leave_out(failures)
+        return good
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Say what is left out, and remember it for the end."""
+        for name, why in reasons.items():
+            if name not in self.left_out:
+                self.report.say(f"left out: {why}")
+        self.left_out.update(reasons)
+
+    def finish(self) -> None:
+        """End with an error that lists what was left out, if anything was."""
+        if self.left_out:
+            raise IptError(f"{len(self.left_out)} were left out: " + "; ".join(self.left_out.values()))
+
+    def sample(self, task: str, data_seed: int) -> Sample:
+        """Return a task's rows as text, drawn once on this machine."""
+        if (task, data_seed) not in self._samples:
+            source = kept(self.task(task), self.cache / "samples")
+            self._samples[task, data_seed] = source.sample(data_seed, self.options.shots, self.options.test_rows)
+        return self._samples[task, data_seed]
+
+    def encoded(self, task: str, data_seed: int) -> Sequence[list[Encoded]]:
+        """Return train, validation and test rows as tokens, made once.
+
+        What is generated is at most twice as long as the longest reference of train and validation rows.
+        """
+        if (task, data_seed) not in self._encoded:
+            sample, length = self.sample(task, data_seed), self.options.prompt_length
+            known = self.backbone.encode([*sample.train, *sample.validation], prompt_length=length)
+            limit = 2 * known[0].answer_limit
+            self._encoded[task, data_seed] = [
+                self.backbone.encode(rows, prompt_length=length, answer_limit=limit) for rows in sample
+            ]
+            if cut := sum(e.truncated for rows in self._encoded[task, data_seed] for e in rows):
+                self.report.say(f"{cut} of {sum(map(len, sample))} rows of {task} are cut to {self.backbone.max_length} tokens")
+        return self._encoded[task, data_seed]
+
+    def row_tokens(self, rows: Sequence[Example]) -> float:
+        """Return about how many tokens a row of these is, its prompt among them: English has some four letters a token."""
+        return self.options.prompt_length + fmean(len(e.input) for e in rows) / 4
+
+    def header(self, kind: str, **more: Any) -> dict[str, Any]:
+        """Return the part that all headers share, and more."""
+        shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
+        settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "prompt_at", "decoding")}
+        shared["chat"] = self.backbone.chat
+        return shared | settings | {"max_length": self.backbone.max_length, "kind": kind} | more
+
+    def prompts(self, choices: Iterable[Choice]) -> Tensor:
+        """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""
+        return torch.stack([self._tensor(choice, "soft_prompt", self.prompt_space.initial_prompt.shape) for choice in choices])
+
+    def _tensor(self, choice: Choice, name: str, shape: Sequence[int]) -> Tensor:
+        """Return the tensor of the best of a choice, which must have this shape."""
+        result, _, tensors = self.store.best(choice)
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if found != {name: tuple(shape)} or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
+            expected = {name: tuple(shape)}
+            raise IptError(
+                f"{self.store.path(result)} holds the tensors {found}, expected {expected}, finite float32: remove it, and the "
+                "command makes it anew"
+            )
+        return tensors[name].to(self.backbone.device)
+
+    def space(self, subspace: Result) -> Space:
+        """Return a subspace that was made."""
+        if subspace.name not in self._spaces:
+            record, weights = self.store.read(subspace)
+            on_device = {name: weight.to(self.backbone.device) for name, weight in weights.items()}
+            self._spaces = {
+                subspace.name: Space(self.prompt_space.initial_prompt, record["unit"], on_device)
+            }  # one at a time: they are large
+        return self._spaces[subspace.name]
+
+    def soft_prompt(self, score: Result) -> Tensor:
+        """Return the prompt that a score is of: (prompt_length, hidden)."""
+        if score.header["stage"] == "mean":
+            return self.prompts(score.inputs).mean(0)
+        match [choice[0].kind for choice in score.inputs]:
+            case []:
+                return self.prompt_space.initial_prompt[:0]  # no prompt
+            case ["soft-prompt"]:
+                return self.prompts(score.inputs)[0]
+            case ["soft-prompt", _]:
+                space = self.space(score.inputs[1][0])
+                return space.back_project(space.project(self.prompts(score.inputs[:1])))[0]
+            case _:
+                space = self.space(score.inputs[1][0])
+                return space.back_project(self._tensor(score.inputs[0], "intrinsic_vector", (space.dim,))[None])[0]
+
+
+def sample_digest(sample: Sample) -> str:
+    """Return a name for a task's training and validation rows."""
+    return digest([rows_digest(sample.train), rows_digest(sample.validation)])

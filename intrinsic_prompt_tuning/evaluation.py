@@ -1,0 +1,142 @@
+"""What the scores come to: the paper's relative performance E_rel (section 4.1), beside what keeps it honest.
+
+Gain, which what the model can do anyway cannot inflate; intervals over tasks; the absolute scores; the dimensions needed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+LEAST_BASELINE = 0.02
+"""A task on which prompt tuning scores no more has no ratio: one such task could rule the mean of a hundred."""
+RECOVERED = 0.9
+"""The gain at which dimensions suffice."""
+Scores = Mapping[str, float]
+"""Task -> test score."""
+
+
+def paper_name(stage: str, role: str, *, same_data: bool) -> str:
+    """Return the paper's name of a score; a split with in- and out-of-type test tasks has T_test_in and T_test_out."""
+    if role == "seen":
+        return "T_train(MSF)" if stage == "MSF" else f"T_train_{'same' if same_data else 'diff'}(IST)"
+    return f"T_test{role.removeprefix('unseen').replace('-', '_')}({stage})"
+
+
+def relative_performance(scores: Scores, baseline: Scores, floor: Scores) -> dict[str, float | int | None]:
+    """Compare scores per task with prompt tuning's.
+
+    Args:
+        scores: of the method.
+        baseline: of prompt tuning; tasks without one are left out.
+        floor: of the backbone without a prompt.
+
+    Returns:
+        `e_rel`, the mean over tasks of the ratios, and `median_ratio`; `n_tasks` in them, `n_excluded` whose prompt-tuning
+        score is at most LEAST_BASELINE. Over all tasks: `mean_score`, `mean_prompt_tuning`, `ratio_of_means`, and `gain`, the
+        ratio of the means after the floor's is taken off both. Bounds `_low` and `_high` are those of a 95 % bootstrap over
+        tasks. None where there is nothing to divide by, or one task alone.
+    """
+    tasks = [task for task in scores if task in baseline]
+    ratios = [scores[task] / baseline[task] for task in tasks if baseline[task] > LEAST_BASELINE]
+    both = [(scores[task] - floor[task], baseline[task] - floor[task]) for task in tasks if task in floor]
+    mean_score = fmean(scores[task] for task in tasks) if tasks else None
+    mean_baseline = fmean(baseline[task] for task in tasks) if tasks else None
+    return {
+        "n_tasks": len(ratios),
+        "n_excluded": len(scores) - len(ratios),
+        **_with_interval("e_rel", ratios, fmean),
+        "median_ratio": median(ratios) if ratios else None,
+        **_with_interval("gain", both, _gain),
+        "mean_score": mean_score,
+        "mean_prompt_tuning": mean_baseline,
+        "ratio_of_means": mean_score / mean_baseline if mean_score is not None and mean_baseline else None,
+    }
+
+
+def _gain(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return what a method gains over no prompt beside what prompt tuning gains; None where that is nothing."""
+    method, baseline = (fmean(side) for side in zip(*pairs, strict=True))
+    return method / baseline if baseline > 1e-9 else None
+
+
+def _with_interval(name: str, values: Sequence[Any], figure: Callable[[Sequence[Any]], float | None]) -> dict[str, float | None]:
+    """Return a figure of values, one a task, and its 95 % bootstrap interval."""
+    value, rng, low, high = figure(values) if values else None, random.Random(0), None, None
+    if value is not None and len(values) > 1:
+        drawn = (figure(rng.choices(values, k=len(values))) for _ in range(2000))
+        ordered = sorted(math.inf if one is None else one for one in drawn)
+        low, high = (bound if math.isfinite(bound) else None for bound in (ordered[50], ordered[-51]))
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+GROUP = ("quantity", "space", "start", "dim", "data_seed", "subspace")
+"""What a row of the paper's table is of."""
+
+
+def result_rows(scores: Iterable[Mapping[str, Any]], baseline: Scores, floor: Scores) -> list[dict[str, Any]]:
+    """Return the paper's table, in the paper's order.
+
+    Args:
+        scores: `task`, `value`, `candidates`, `quantity`, `space`, `dim`, and the other fields of GROUP if they have them.
+        baseline: scores of prompt tuning.
+        floor: scores without a prompt.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for score in scores:
+        groups[tuple(score.get(name) for name in GROUP)].append(score)
+    rows = [
+        dict(zip(GROUP, group, strict=True))
+        | {"numbers": own[0]["dim"], "candidates": max(score["candidates"] for score in own)}
+        | relative_performance({score["task"]: score["value"] for score in own}, baseline, floor)
+        for group, own in groups.items()
+    ]
+    spaces = ("subspace", "linear", "random", "random-unscaled", "low-rank", "nearest", "mean")
+
+    def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        stage = ("MSF" not in row["quantity"], "same" not in row["quantity"], row["quantity"], row["start"] or "")
+        return (
+            spaces.index(row["space"]),
+            -row["dim"],
+            row["subspace"] or "",
+            "train" not in row["quantity"],
+            stage,
+            row["data_seed"],
+        )
+
+    return sorted(rows, key=order)
+
+
+def dimensions_needed(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Return, by space and quantity, the smallest dim at which a space recovers 90 % of prompt tuning's gain.
+
+    Several rows of one dim (data seeds, subspaces) count with their mean.
+
+    Between the dims that were run, gain is taken to be linear in the logarithm of dim. A space that recovers as much at the
+    smallest dim that was run needs at most that; one that never does has None.
+    """
+    gains: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if "IST" in row["quantity"] and row["start"] == "random" and row["gain"] is not None:
+            gains[row["space"], row["quantity"]][row["dim"]].append(row["gain"])
+    needed: dict[str, dict[str, float | None]] = defaultdict(dict)
+    for (space, quantity), by_dim in gains.items():
+        needed[space][quantity] = _crossing([(dim, fmean(by_dim[dim])) for dim in sorted(by_dim)])
+    return dict(needed)
+
+
+def _crossing(points: Sequence[tuple[int, float]]) -> float | None:
+    """Return the dim at which the gain first reaches RECOVERED."""
+    before: tuple[int, float] | None = None
+    for dim, gain in points:
+        if gain >= RECOVERED:
+            if before is None:
+                return float(dim)
+            share = (RECOVERED - before[1]) / (gain - before[1])
+            return math.exp(math.log(before[0]) + share * (math.log(dim) - math.log(before[0])))
+        before = dim, gain
+    return None

@@ -1,0 +1,260 @@
+"""The paper's stages as descriptions of results: soft prompts, subspaces, intrinsic vectors, scores. Describing runs nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context, Start, sample_digest
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.files import digest
+from intrinsic_prompt_tuning.finding import check_dim
+from intrinsic_prompt_tuning.makers import job_of, makers
+from intrinsic_prompt_tuning.results import Choice, Cost, Result, make, names
+from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
+from intrinsic_prompt_tuning.tasks import rows_digest
+from intrinsic_prompt_tuning.tuning import measure_pace
+
+
+class Experiment(Context):
+    """What can be made of a backbone, tasks and a cache, and what has been."""
+
+    def soft_prompts(self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> dict[str, Choice]:
+        """Describe a soft prompt of each task (prompt tuning), one per learning rate."""
+        numbers, rates = self.prompt_space.dim, self.rates.learning_rate
+        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed) for task in tasks}
+        return {task: self._tuned(header, rates, numbers) for task, header in headers.items()}
+
+    def intrinsic_vectors(
+        self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
+    ) -> dict[str, Choice]:
+        """Describe an intrinsic vector of each task (IST), one per learning rate."""
+        about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
+        headers = {task: self.header("intrinsic-vector", task=task, data_seed=data_seed, **about) for task in tasks}
+        rates, numbers = self.rates.vector_learning_rate, subspace.header["dim"]
+        return {task: self._tuned(header, rates, numbers, (subspace,)) for task, header in headers.items()}
+
+    def _tuned(self, header: Mapping[str, Any], rates: Sequence[float], numbers: int, *inputs: Choice) -> Choice:
+        """Describe what the engine makes of so many numbers, on the rows of a header's task and data seed."""
+        task, config = header["task"], self.tuning
+        sample = self.sample(task, header["data_seed"])
+        of = {"metric": self.task(task).metric, "data": sample_digest(sample), "tuning": asdict(config)}
+        trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
+        cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers)
+        choice: Choice = ()
+        for rate in rates:  # a task that is solved at one rate needs no other
+            choice += (Result({**header, **of, "learning_rate": rate}, inputs, cost, instead_of=choice),)
+        return choice
+
+    def subspace(self, space: SpaceKind, dim: int, prompts: Mapping[str, Choice]) -> Result:
+        """Describe a subspace of soft prompts (MSF), or one of those that need no learning.
+
+        Raises:
+            IptError: the dimension exceeds the prompt's.
+        """
+        dim = self._numbers(space, dim)
+        config, n = self.fitting, self.prompt_space.dim
+        prompts = dict(sorted(prompts.items()))  # as a header that was written and read has them
+        collection = {task: names(choice) for task, choice in prompts.items()}
+        used = None if space == "subspace" else () if space == "linear" else ("subspace_seed", "inner")
+        about = {name: value for name, value in asdict(config).items() if used is None or name in used}
+        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about)
+        learned = space == "subspace" and config.lm_loss
+        rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
+        length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
+        size = 4 * (n * (dim + config.inner) + dim * config.inner)
+        return Result(header, tuple(prompts.values()), Cost(rows, 0, rows * length, size))
+
+    def _numbers(self, space: SpaceKind, dim: int) -> int:
+        """Return how many numbers a space of this dim has: dim itself, or as nearly that as a low-rank space can have."""
+        initial = self.prompt_space.initial_prompt
+        check_dim(dim, initial)
+        return len(initial) * low_rank(initial, dim) + 2 * initial.shape[1] if space == "low-rank" else dim
+
+    def scores(self, prompts: Mapping[str, Choice], subspaces: Iterable[Result], vectors: Iterable[Choice]) -> list[Result]:
+        """Describe the test scores of prompts, of their reconstructions, of intrinsic vectors, and of what costs nothing."""
+        wanted = [self._score("no prompt", task) for task in prompts]
+        wanted += [self._score("one answer for all", task) for task in prompts]
+        wanted += [self._score("prompt tuning", task, choice) for task, choice in prompts.items()]
+        by_name = {subspace.name: subspace for subspace in subspaces}
+        collections = {digest(subspace.header["prompts"]): subspace.inputs for subspace in by_name.values()}
+        for collection in collections.values():  # what a subspace must beat to mean anything, and nothing is tuned for
+            unseen = [task for task in prompts if self.roles[task] != "seen"]
+            wanted += [self._score(stage, task, *collection) for task in unseen for stage in ("mean", "nearest")]
+        for subspace in by_name.values():
+            if subspace.header["space"] == "subspace":
+                own = dict(zip(subspace.header["prompts"], subspace.inputs, strict=True))
+                wanted += [self._score("MSF", task, own.get(task, choice), (subspace,)) for task, choice in prompts.items()]
+        for choice in vectors:
+            header = choice[0].header
+            if header["task"] in prompts:
+                wanted.append(self._score("IST", header["task"], choice, (by_name[header["subspace"]],)))
+        return wanted
+
+    def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
+        """Describe one test score."""
+        test, about = self.sample(task, COLLECTION_SEED).test, dict[str, Any]()
+        fields = ("space", "dim", "start", "data_seed", "subspace")
+        for choice in inputs:  # what the table is grouped by
+            about |= {name: choice[0].header[name] for name in fields if name in choice[0].header}
+        if stage in ("MSF", "IST"):
+            about["subspace"] = inputs[1][0].name
+        elif stage in ("mean", "nearest"):
+            about |= {"space": stage, "dim": 0}
+        header = self.header(
+            "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(test),
+            of=[names(choice) for choice in inputs], **about,
+        )  # fmt: skip
+        if stage == "one answer for all":
+            header["data"] = sample_digest(self.sample(task, COLLECTION_SEED))
+            return Result(header)
+        return Result(header, inputs, Cost(0, len(test), len(test) * self.row_tokens(test)))
+
+    # --- Making them
+
+    def make(self, results: Iterable[Result], *, dry_run: bool = False) -> None:
+        """Make what the cache lacks of some results, or only tell what that takes, measuring a few steps."""
+        make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
+
+    def _pace(self, results: Sequence[Result]) -> tuple[float, float]:
+        """Return seconds per row trained and per row answered, measured once on at most 16 tasks of results."""
+        if self._measured is None:
+            tasks = list(dict.fromkeys(task for r in results for task in r.header.get("prompts", [r.header.get("task")])))
+            some = self.soft_prompts(tasks[:: -(-len(tasks) // 16)])
+            jobs = [job_of(self, choice[0], self.prompt_space) for choice in some.values()]
+            self._measured = measure_pace(self.backbone, self.prompt_space, jobs, self.tuning, self.options.decoding)
+        return self._measured
+
+    # --- Finding them in the cache
+
+    def _found(self, kind: str) -> list[Result]:
+        """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
+        results, unusable = self.store.found(kind)
+        self.leave_out(unusable)
+        shared, others = self.header(kind), Counter[str]()
+        fitting = []
+        for result in results:
+            differs = next((name for name, value in shared.items() if result.header.get(name) != value), None)
+            others[f"another {differs}"] += bool(differs)
+            if not differs:
+                fitting.append(result)
+        self._say_skipped(kind, others)
+        return fitting
+
+    def _say_skipped(self, kind: str, reasons: Mapping[str, int]) -> None:
+        for reason, count in reasons.items():
+            if count:
+                self.report.say(f"not used: {count} {kind.replace('-', ' ')}s of {reason}")
+
+    def _is_current(self, result: Result) -> bool:
+        """Tell whether a tuned result is of the rows and the metric that its task has now."""
+        header = result.header
+        same = header["data"] == sample_digest(self.sample(header["task"], header["data_seed"]))
+        return bool(same and header["metric"] == self.task(header["task"]).metric)
+
+    def found_prompts(self, tasks: Iterable[str]) -> dict[str, Choice]:
+        """Return, for each task that has one in the cache, its soft prompts, whatever settings they were tuned with.
+
+        Raises:
+            IptError: rows cannot be had of a task that has prompts.
+        """
+        found: dict[str, list[Result]] = {}
+        for result in self._found("soft-prompt"):
+            if result.header["data_seed"] == COLLECTION_SEED:
+                found.setdefault(result.header["task"], []).append(result)
+        had = self.with_rows([task for task in tasks if task in found], COLLECTION_SEED)
+        current = {task: tuple(result for result in found[task] if self._is_current(result)) for task in had}
+        self._say_skipped("soft-prompt", {"other rows": sum(len(found[task]) - len(current[task]) for task in had)})
+        return {task: choice for task, choice in current.items() if choice}
+
+    def collected(self) -> dict[str, Choice]:
+        """Return the soft prompts of the seen tasks.
+
+        Raises:
+            IptError: a seen task has none; nothing is ever put in its place.
+        """
+        found = self.found_prompts(self.named("seen"))
+        missing = [task for task in self.named("seen") if task not in found]
+        if not found or (missing and not self.options.skip_missing):
+            raise IptError(
+                f"{len(missing)} seen tasks of the split {self.options.split} have no soft prompt in {self.store.folder} "
+                f"({', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}): run 'ipt collect' with the same options first"
+                + (", or leave them out with --skip-missing" if found else "")
+                + "".join(f"; {why}" for why in self.left_out.values())
+            )
+        self.leave_out({task: f"the seen task '{task}' has no soft prompt" for task in missing})
+        return found
+
+    def found_subspaces(self) -> list[Result]:
+        """Return the subspaces of this split's seen tasks whose soft prompts the cache still holds."""
+        prompts = {result.name: result for result in self.store.found("soft-prompt")[0]}
+        found, others, seen = list[Result](), Counter[str](), set(self.named("seen"))
+        for result in self._found("subspace"):
+            collection: dict[str, list[str]] = result.header["prompts"]
+            if not collection.keys() <= seen:
+                others["another split's tasks"] += 1
+                continue
+            there = {task: tuple(prompts[name] for name in own if name in prompts) for task, own in collection.items()}
+            # Of a grid, what comes behind a rate that solves a task was never needed.
+            if all(
+                len(there[task]) == len(own) or any(map(self.store.is_solved, there[task])) for task, own in collection.items()
+            ):
+                found.append(Result(result.header, tuple(there.values())))
+            else:
+                others["soft prompts that are gone"] += 1
+        self._say_skipped("subspace", others)
+        return found
+
+    def choose_subspace(self, space: SpaceKind, dim: int, name: str) -> Result:
+        """Return the subspace of the cache that is meant, or describe one that needs no learning.
+
+        Raises:
+            IptError: there is none, or several, and `name`, the beginning of one's name, does not say which.
+        """
+        numbers = self._numbers(space, dim)
+        found = [s for s in self.found_subspaces() if (s.header["space"], s.header["dim"]) == (space, numbers)]
+        chosen = [subspace for subspace in found if subspace.name.startswith(name)]
+        if len(chosen) == 1:
+            return chosen[0]
+        if not found and not name:
+            collection = self.collected()
+            if space != "subspace":
+                return self.subspace(space, dim, collection)
+            raise IptError(
+                f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks: run 'ipt fit-subspace --dim {dim}'"
+            )
+        known = "; ".join(f"{name[:8]} ({told or 'nothing differs'})" for name, told in differences(found).items())
+        raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}: name one with --subspace: {known}")
+
+    def found_vectors(self, subspaces: Iterable[Result]) -> list[Choice]:
+        """Return the intrinsic vectors in these subspaces: choices of those of one task, data seed, start and subspace."""
+        known = {subspace.name: subspace for subspace in subspaces}
+        found: dict[tuple[Any, ...], list[Result]] = {}
+        others = Counter[str]()
+        for result in self._found("intrinsic-vector"):
+            header = result.header
+            if header["task"] not in self.roles or header["subspace"] not in known:
+                others["subspaces or tasks that are not shown"] += 1
+            elif not self._is_current(result):
+                others["other rows"] += 1
+            else:
+                key = tuple(header[name] for name in ("task", "data_seed", "start", "subspace"))
+                found.setdefault(key, []).append(Result(header, ((known[header["subspace"]],),)))
+        self._say_skipped("intrinsic-vector", others)
+        return [tuple(results) for results in found.values()]
+
+
+def differences(subspaces: Sequence[Result]) -> dict[str, str]:
+    """Return name -> what tells a subspace from the others, in words."""
+
+    def told(result: Result) -> dict[str, str]:
+        header = result.header
+        collection = f"{len(header['prompts'])} tasks, prompts {digest(header['prompts'])[:8]}"
+        return {name: str(value) for name, value in header["config"].items()} | {"collection": collection}
+
+    all_told = {subspace.name: told(subspace) for subspace in subspaces}
+    varying = [name for name in next(iter(all_told.values()), {}) if len({own[name] for own in all_told.values()}) > 1]
+    return {name: ", ".join(f"{field} {own[field]}" for field in varying) for name, own in all_told.items()}

@@ -1,0 +1,139 @@
+"""Safetensors files that describe themselves.
+
+One metadata entry, "ipt", holds the header (what the tensors are a function of), the record (what came out) and a checksum of
+all of it. The same inputs give the same bytes. Nothing else is ever read: no pickle, no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE_VERSION = 2
+Content = tuple[dict[str, Any], dict[str, Any], "dict[str, Tensor]"]
+"""Header, record, tensors."""
+
+
+def digest(value: Any) -> str:
+    """Return a name for what JSON can say: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_name(text: str) -> str:
+    """Return text with what a file's name should not hold replaced."""
+    return re.sub(r"[^\w.-]+", "-", text)
+
+
+def user_cache() -> Path:
+    """Return $IPT_CACHE, or the folder `ipt` in the platform's place for caches."""
+    if "IPT_CACHE" in os.environ:
+        return Path(os.environ["IPT_CACHE"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ipt"
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "ipt"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush, rename.
+
+    Raises:
+        IptError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise IptError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file as a whole or not at all."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = {"header": header, "record": record, "checksum": _checksum(header, record, plain)}
+    write_bytes(path, save(plain, {"ipt": json.dumps(content, sort_keys=True)}))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file without reading its tensors.
+
+    Raises:
+        IptError: it is not a safetensors file of ipt, or is of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _parsed(path, file.metadata())[0]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_file(path: Path) -> Content:
+    """Return header, record and tensors of a file, its checksum found right.
+
+    Raises:
+        IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, record, checksum = _parsed(path, file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if checksum != _checksum(header, record, tensors):
+        raise _damaged(path, "its checksum is another")
+    return header, record, tensors
+
+
+def _parsed(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return header, record and checksum of a file's metadata."""
+    try:
+        content = json.loads((metadata or {})["ipt"])
+        header, record, version = content["header"] | {}, content["record"] | {}, content["header"].get("version")
+        if version == FILE_VERSION:
+            return header, record, content["checksum"]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    raise IptError(
+        f"{path} has file version {version}, expected {FILE_VERSION}: remove it, and the command makes it anew, or use the ipt "
+        "that made it"
+    )
+
+
+def _checksum(header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps([header, record], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _damaged(path: Path, why: object) -> IptError:
+    reason = " ".join(str(why).split())[:200]
+    return IptError(f"{path} is not a file of ipt, or is damaged ({reason}): remove it, and the command makes it anew")

@@ -1,0 +1,103 @@
+"""How a row's text becomes tokens: what stands around the input, between input and answer, and behind the answer.
+
+encoder-decoder   encoder: input as the tokenizer writes it     decoder: answer as it writes targets
+causal            input as the tokenizer writes it, a space, the answer, end of text
+causal, chat      the template with the input as the user's message, the answer as the assistant's, end of turn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from intrinsic_prompt_tuning.errors import IptError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An encoder-decoder's: all is as its tokenizer writes it."""
+
+    tokenizer: Any
+    before: tuple[int, ...] = ()
+    """Tokens in front of every input that its tokenizer does not write."""
+    after: tuple[int, ...] = ()
+    """Tokens behind every input, likewise."""
+
+    def inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of inputs, without what stands before and after."""
+        return list(self.tokenizer(list(texts)).input_ids) if texts else []
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of answers, their end among them."""
+        return list(self.tokenizer(text_target=list(texts)).input_ids) if texts else []
+
+    def text(self, written: Sequence[Sequence[int]]) -> list[str]:
+        """Return generated tokens as text."""
+        return list(self.tokenizer.batch_decode(written, skip_special_tokens=True))
+
+    @property
+    def closing(self) -> int:
+        """How many of an input's own tokens end it, whatever it says."""
+        return 1
+
+
+@dataclass(frozen=True)
+class CausalLayout(Layout):
+    """A causal model's, with or without a chat template."""
+
+    end: int = 0
+    """The token behind an answer."""
+    chat: bool = False
+
+    def inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of inputs; never none, as something must predict the answer."""
+        ids = self.tokenizer(list(texts), add_special_tokens=not self.chat).input_ids if texts else []
+        return [own or ([] if self.before else [self.end]) for own in ids]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of answers and the end behind them."""
+        space = "" if self.chat else " "
+        ids = self.tokenizer([space + text for text in texts], add_special_tokens=False).input_ids if texts else []
+        return [[*own, self.end] for own in ids]
+
+    def text(self, written: Sequence[Sequence[int]]) -> list[str]:
+        """Return generated tokens as text, without the space before it."""
+        return [text.strip() for text in super().text(written)]
+
+    @property
+    def closing(self) -> int:
+        """An input of a causal model just stops."""
+        return 0
+
+
+def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
+    """Find out how a causal model's rows are written.
+
+    Args:
+        tokenizer: of transformers.
+        name: of the backbone, for messages.
+        chat: use the tokenizer's template; None: if it has one.
+
+    Raises:
+        IptError: a template is asked for that is not there, or cannot hold a message; or there is no end token.
+    """
+    if chat and not tokenizer.chat_template:
+        raise IptError(f"the tokenizer of '{name}' has no chat template: leave --chat out")
+    if chat is False or not tokenizer.chat_template:
+        if tokenizer.eos_token_id is None:
+            raise IptError(f"the tokenizer of '{name}' has no end-of-text token, so no answer would ever end")
+        return CausalLayout(tokenizer, end=tokenizer.eos_token_id)
+    mark, answer = "<<the-input>>", "<<the-answer>>"
+    turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}]
+    try:
+        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        before, after = asked.split(mark)
+        ending = tokenizer(whole.split(answer)[1], add_special_tokens=False).input_ids
+    except Exception as error:  # a template is a program of its own
+        raise IptError(f"the chat template of '{name}' cannot be used ({error}): use --no-chat") from error
+    before, after = (tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in (before, after))
+    if not (ending or tokenizer.eos_token_id is not None):
+        raise IptError(f"the chat template of '{name}' has no end of turn, so no answer would ever end: use --no-chat")
+    return CausalLayout(tokenizer, before=before, after=after, end=ending[0] if ending else tokenizer.eos_token_id, chat=True)

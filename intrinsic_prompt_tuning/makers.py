@@ -1,0 +1,171 @@
+"""How results of each kind are made: by the engine, by subspace finding, on test rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from intrinsic_prompt_tuning.backbone import Encoded
+from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context
+from intrinsic_prompt_tuning.files import digest
+from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_subspaces
+from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.metrics import METRICS
+from intrinsic_prompt_tuning.results import AfterStep, Made, Maker, Result
+from intrinsic_prompt_tuning.spaces import Space, linear_space, low_rank_space, scaled_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.tasks import Sample
+from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def makers(x: Context) -> dict[str, Maker]:
+    """Return kind -> how its results are made, in the method's order: each is a function of those before it."""
+
+    def steps(results: Sequence[Result]) -> float:
+        return float(sum(result.header["tuning"]["steps"] for result in results))
+
+    def steps_of_fits(results: Sequence[Result]) -> float:
+        configs = [SubspaceConfig(**result.header["config"]) for result in results if result.header["space"] == "subspace"]
+        return max((config.steps_before + config.subspace_steps for config in configs), default=0)
+
+    return {
+        "soft-prompt": Maker(partial(make_tuned, x), steps),
+        "subspace": Maker(partial(make_subspaces, x), steps_of_fits),
+        "intrinsic-vector": Maker(partial(make_tuned, x), steps),
+        "score": Maker(partial(make_scores, x), len),
+    }
+
+
+def job_of(x: Context, result: Result, space: Space) -> Job:
+    """Return what the engine is to do for a soft prompt or an intrinsic vector."""
+    header = result.header
+
+    def rows() -> tuple[list[Encoded], list[Encoded]]:
+        train, validation, _ = x.encoded(header["task"], header["data_seed"])
+        return train, validation
+
+    return Job(
+        task=header["task"], metric=header["metric"], data_seed=header["data_seed"], learning_rate=header["learning_rate"],
+        theta=start_of(x, result, space), rows=rows, unfinished=partial(x.store.unfinished, result),
+    )  # fmt: skip
+
+
+def start_of(x: Context, result: Result, space: Space) -> Tensor:
+    """Return where theta starts: zero for prompts; a vector N(0, 0.02), the paper's rule, or like those of the seen tasks."""
+    header = result.header
+    if "start" not in header:
+        return torch.zeros(space.dim)
+    seed = digest({name: header[name] for name in ("task", "data_seed", "seed")})
+    generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
+    if header["start"] == "random" or header["space"] == "low-rank":
+        return 0.02 * torch.randn(space.dim, generator=generator)
+    seen = space.project(x.prompts(result.inputs[0][0].inputs))
+    mix = torch.randn(len(seen), generator=generator).to(seen) / math.sqrt(len(seen))
+    return seen.mean(0) + mix @ (seen - seen.mean(0))  # normal, with the seen vectors' mean and covariance
+
+
+def make_tuned(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+    """Tune soft prompts or intrinsic vectors: the one engine."""
+    header = results[0].header
+    is_prompt, config = results[0].kind == "soft-prompt", TuneConfig(**header["tuning"])
+    space = x.prompt_space if is_prompt else x.space(results[0].inputs[0][0])
+    jobs = {job_of(x, result, space): result for result in results}
+    done = 0
+
+    def on_step(table: JobTable) -> None:
+        snapshot = table.snapshot()
+        steps = float(table.state["step"].sum()) + done * config.steps
+        after_step(lambda: {jobs[job]: state for job, state in snapshot().items()}, steps)
+
+    for tuned in tune(x.backbone, space, jobs, config, slots=x.options.slots, decoding=header["decoding"], on_step=on_step):
+        done += 1
+        tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
+        yield Made(jobs[tuned.job], tuned.record, tensors)
+    x.remember_budgets()
+
+
+def make_subspaces(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+    """Find subspaces, side by side those of one collection and configuration that were stopped at the same step."""
+    groups: dict[Any, list[tuple[Result, Mapping[str, Tensor]]]] = {}
+    for result in results:
+        header, state = result.header, x.store.unfinished(result)
+        stopped = float(state["step"]) if state else 0.0
+        learned = header["space"] == "subspace"
+        groups.setdefault((learned, digest([header["prompts"], header["config"]]), stopped), []).append((result, state))
+    for (learned, *_), group in groups.items():
+        members, states = [result for result, _ in group], [state for _, state in group if state]
+        prompts, config = x.prompts(members[0].inputs), SubspaceConfig(**members[0].header["config"])
+        if not learned:
+            yield from (_unlearned(x, result, prompts, config) for result in members)
+            continue
+
+        def on_step(fits: SubspaceFits, members: Sequence[Result] = members) -> None:
+            after_step(lambda: dict(zip(members, fits.states(), strict=False)), float(fits.step))
+
+        rows = [x.encoded(choice[0].header["task"], COLLECTION_SEED)[0] for choice in members[0].inputs]
+        dims, initial = [result.header["dim"] for result in members], x.prompt_space.initial_prompt
+        found = fit_subspaces(x.backbone, prompts, initial, rows, dims, config, unfinished=states, on_step=on_step)
+        for result, (space, record) in zip(members, found, strict=True):
+            yield Made(result, {"unit": space.unit} | record, space.weights)
+    x.remember_budgets()
+
+
+def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConfig) -> Made:
+    """Make a space that needs no learning."""
+    initial, kind, dim = x.prompt_space.initial_prompt, result.header["space"], result.header["dim"]
+    seed, unit = config.subspace_seed, unit_of(prompts, initial)
+    if kind == "linear":
+        space = linear_space(prompts, initial, dim=dim)
+    elif kind == "low-rank":
+        space = low_rank_space(initial, unit=x.prompt_space.unit, dim=dim, seed=seed)
+    else:
+        space = untrained_space(initial, unit=unit, dim=dim, inner=config.inner, seed=seed)
+        space = scaled_space(space, seed) if kind == "random" else space
+    return Made(result, {"unit": space.unit}, space.weights)
+
+
+def make_scores(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+    """Score prompts on test rows, many prompts at a time."""
+    for start in range(0, len(results), 32):
+        some = results[start : start + 32]
+        answers = _answers(x, [result for result in some if result.header["stage"] != "one answer for all"])
+        for result in some:
+            sample, metric = x.sample(result.header["task"], COLLECTION_SEED), result.header["metric"]
+            guesses = answers.get(result.name) or [_one_answer(sample, metric)] * len(sample.test)
+            yield Made(result, {"score": METRICS[metric](guesses, [e.answers for e in sample.test]), "n": len(sample.test)}, {})
+        after_step(dict, start + len(some))
+    x.remember_budgets()
+
+
+def _answers(x: Context, results: Sequence[Result]) -> dict[str, list[str]]:
+    """Return what is answered to the test rows behind the prompts that scores are of, by the scores' names."""
+    found: dict[str, list[str]] = {}
+    for _, group in itertools.groupby(results, key=lambda result: result.header["stage"] == "no prompt"):
+        scores = list(group)
+        rows = [x.encoded(score.header["task"], COLLECTION_SEED)[2] for score in scores]
+        pairs = [(at, example) for at, examples in enumerate(rows) for example in examples]
+        prompts = torch.stack([(nearest_prompt(x, s) if s.header["stage"] == "nearest" else x.soft_prompt(s)) for s in scores])
+        answers = iter(x.backbone.answer(prompts, pairs, decoding=scores[0].header["decoding"], losses=False))
+        for score, examples in zip(scores, rows, strict=True):
+            found[score.name] = [answer.text for answer in itertools.islice(answers, len(examples))]
+    return found
+
+
+def _one_answer(sample: Sample, metric: str) -> str:
+    """Return the training answer that, given to every row, scores best on the validation rows."""
+    known = dict.fromkeys(example.answers[0] for example in sample.train)
+    references = [example.answers for example in sample.validation]
+    return max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))
+
+
+def nearest_prompt(x: Context, score: Result) -> Tensor:
+    """Return the seen tasks' prompt with the least loss on the training rows of a score's task: retrieval, nothing is tuned."""
+    prompts, (train, *_) = x.prompts(score.inputs), x.encoded(score.header["task"], COLLECTION_SEED)
+    pairs = [(at, row) for at in range(len(prompts)) for row in train]
+    losses = torch.tensor(x.backbone.losses(prompts, pairs))
+    return prompts[int(losses.view(len(prompts), -1).mean(1).argmin())]

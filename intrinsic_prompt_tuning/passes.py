@@ -1,0 +1,131 @@
+"""How rows go through the frozen backbone: as many at once as memory and caches hold. It changes no result."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.lazy import np, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that is padding, as in transformers."""
+
+
+@dataclass
+class Budget:
+    """How many tokens go through the backbone at once: as many as memory holds, found by trying. It changes no result."""
+
+    tokens: int
+    most: float = math.inf
+    """What has not fitted before, if anything."""
+
+    def in_passes(self, lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
+        """Call `work` on lists of row numbers, the longest rows first and rows of like length together."""
+        order, done = sorted(range(len(lengths)), key=lambda row: -lengths[row]), 0
+        in_one = max(lengths, default=0) * len(lengths)
+        while done < len(order):
+            tokens = self.tokens
+            for size in pass_sizes([lengths[row] for row in order[done:]], tokens):
+                rows = order[done : done + size]
+                if self._try(rows, lengths, work):
+                    done += size
+                    self._grow(in_one, used=lengths[rows[0]] * size)
+                if self.tokens != tokens:
+                    break
+
+    def _try(self, rows: list[int], lengths: Sequence[int], work: Callable[[list[int]], None]) -> bool:
+        """Tell whether a pass fitted into memory; if it did not, the next are half as large."""
+        longest = lengths[rows[0]]
+        try:
+            work(rows)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if len(rows) == 1:
+                raise IptError(
+                    f"one row of {longest} tokens does not fit into memory: "
+                    "shorten it with --max-length or use a smaller backbone"
+                ) from error
+            self.most, self.tokens = min(self.most, longest * len(rows)), longest * (len(rows) // 2)
+            return False
+        return True
+
+    def _grow(self, in_one: int, used: int) -> None:
+        """Double if all rows do not fit into one pass, and if by what the last has used there is memory for that."""
+        if in_one > self.tokens and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
+            self.tokens *= 2
+
+
+def pass_sizes(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Cut rows, the longest first, into passes of at most so many tokens with the padding, so that they cost the least.
+
+    A pass costs its tokens and a fixed amount: an eighth of a full pass (the testbed on a CPU), or 4,096 tokens if that is less.
+    """
+    overhead = min(tokens, 1 << 15) / 8
+    # From the last row on: the first pass of the cheapest way to do a row and all behind it, and the cost of that way.
+    first, costs = [0] * len(lengths), np.zeros(len(lengths) + 1)
+    counts = np.arange(1, len(lengths) + 1)
+    for row in reversed(range(len(lengths))):
+        most = min(max(1, tokens // lengths[row]), len(lengths) - row)
+        totals = lengths[row] * counts[:most] + costs[row + 1 : row + most + 1]
+        first[row] = most - int(totals[::-1].argmin())  # of equals the largest
+        costs[row] = overhead + totals[first[row] - 1]
+    sizes = list[int]()
+    while (row := sum(sizes)) < len(lengths):
+        sizes.append(first[row])
+    return sizes
+
+
+def memory_share() -> float:
+    """Return the share of the GPU's memory that has been in use at most since last asked; 1 on a CPU.
+
+    On a CPU the passes that fit its caches are the fastest (`tests/benchmark.py --budgets`), so its memory is not to be filled.
+    """
+    if not torch.cuda.is_initialized():
+        return 1.0
+    share = torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.reset_peak_memory_stats()
+    return share
+
+
+def available_memory(device: torch.device) -> float:
+    """Return about how many bytes are free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return 4e9
+
+
+def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
+    """Return what is tried first, forward and backward, and forward only."""
+    return (Budget(1 << 10), Budget(1 << 11)) if device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
+
+
+def to_device(values: Any, device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor of the device, without waiting for what the device is at."""
+    tensor = torch.as_tensor(np.asarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, before: int = 0) -> tuple[Tensor, np.ndarray]:
+    """Pad on the right; return ids on the device, and on the host which of them are real: (rows, width) both.
+
+    On a GPU, the width is such that it is a multiple of 8 together with what comes before: kernels want that, and there are few
+    widths to compile for.
+    """
+    width = max(map(len, rows))
+    if device.type == "cuda":
+        width = -(-(before + width) // 8) * 8 - before
+    ids = np.full((len(rows), width), value)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = values
+    return to_device(ids, device), np.arange(width) < np.array([[len(row)] for row in rows])

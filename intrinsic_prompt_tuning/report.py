@@ -1,0 +1,91 @@
+"""The paper's table of what the cache holds: scores on test rows, compared with prompt tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from intrinsic_prompt_tuning.context import COLLECTION_SEED
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.evaluation import dimensions_needed, paper_name, result_rows
+from intrinsic_prompt_tuning.experiment import Experiment, differences
+from intrinsic_prompt_tuning.results import Result
+
+BASELINES = {"prompt tuning": "mean_score", "no prompt": "no_prompt", "one answer for all": "one_answer"}
+"""Stages of scores that need no subspace -> keys of the report."""
+
+
+def wanted_scores(x: Experiment) -> list[Result]:
+    """Describe the scores of all that the cache holds of the split's tasks.
+
+    Raises:
+        IptError: there is no soft prompt to compare with.
+    """
+    prompts = x.found_prompts(x.named("seen", "unseen"))
+    if not prompts:
+        raise IptError(
+            f"{x.store.folder} holds no soft prompt of the split {x.options.split}: run 'ipt collect' first"
+            + "".join(f"; {why}" for why in x.left_out.values())
+        )
+    subspaces = x.found_subspaces()
+    return x.scores(prompts, subspaces, x.found_vectors(subspaces))
+
+
+def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
+    """Return the paper's table, and what stands beside it, of scores that have been made.
+
+    Returns:
+        `backbone`, `split`; `prompt_tuning` (per role: tasks and mean scores of the baselines), `no_better_than_no_prompt` (tasks
+        on which prompt tuning is not), `rows` (see `result_rows`), `dimensions_needed`, `rows_without_pretrained` (the seen tasks
+        again, but for those whose very question the backbone was trained on), `subspaces` (what tells apart those of one space
+        and dim) and `scores` (one a task).
+    """
+    told = [_told(x, score) for score in scores]
+    by_stage = {stage: {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in BASELINES}
+    tuned, floor = by_stage["prompt tuning"], by_stage["no prompt"]
+    roles = {role: [task for task in tuned if x.roles[task] == role] for role in dict.fromkeys(x.roles[task] for task in tuned)}
+    compared = [score for score in told if score["space"]]
+    pretrained = {task for task in tuned if x.task(task).pretrained}
+    others = [s for s in compared if s["task"] not in pretrained and x.roles[s["task"]] == "seen"] if pretrained else []
+    rows = result_rows(compared, tuned, floor)
+    return {
+        "backbone": x.options.backbone,
+        "split": x.options.split,
+        "prompt_tuning": {
+            role: {"n_tasks": len(own)} | {key: fmean(by_stage[stage][task] for task in own) for stage, key in BASELINES.items()}
+            for role, own in roles.items()
+        },
+        "no_better_than_no_prompt": [task for task in tuned if tuned[task] <= floor[task]],
+        "rows": rows,
+        "dimensions_needed": dimensions_needed(rows),
+        "rows_without_pretrained": result_rows(others, tuned, floor),
+        "subspaces": _told_apart([choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]),
+        "scores": sorted(told, key=lambda s: (s["task"], s["quantity"], s["space"] or "", s["dim"] or 0, s["start"] or "")),
+    }
+
+
+def _told(x: Experiment, score: Result) -> dict[str, Any]:
+    """Return a score as the table takes it."""
+    header, (record, _) = score.header, x.store.read(score)
+    stage, role = header["stage"], x.roles[header["task"]]
+    name = stage if stage in BASELINES else paper_name(stage, role, same_data=header["data_seed"] == COLLECTION_SEED)
+    about = {key: header.get(key) for key in ("space", "start", "dim", "data_seed", "subspace")}
+    candidates = len(header["of"][0]) if header["of"] else 1
+    return {
+        "quantity": name,
+        "task": header["task"],
+        **about,
+        "candidates": candidates,
+        "value": record["score"],
+        "n": record["n"],
+    }
+
+
+def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:
+    """Return what tells apart the subspaces of one space and dim, by name; nothing where there is one of each."""
+    groups: dict[tuple[str, int], dict[str, Result]] = {}
+    for subspace in subspaces:
+        groups.setdefault((subspace.header["space"], subspace.header["dim"]), {})[subspace.name] = subspace
+    told = [differences(list(group.values())) for group in groups.values() if len(group) > 1]
+    return {name: words for own in told for name, words in own.items()}

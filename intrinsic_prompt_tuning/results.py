@@ -1,0 +1,369 @@
+"""Results have a name before they exist.
+
+A result is a file named by the digest of its header, and the header says all that it is a function of, other results by their
+names. From that follow, each once: what is missing, what it will cost, going on where work was stopped, and sharing it among
+processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_file
+from intrinsic_prompt_tuning.ranks import n_ranks, own_share
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may do the same work, and leave the same files
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making results takes."""
+
+    trained: float = 0
+    """Rows that go through the backbone forward and backward."""
+    answered: float = 0
+    """Rows that go forward only."""
+    tokens: float = 0
+    """Of these rows, about."""
+    size: float = 0
+    """Bytes of files."""
+
+    def __add__(self, other: Cost) -> Cost:
+        """Add up."""
+        return Cost(*map(operator.add, astuple(self), astuple(other)))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Something that is, or will be, a file of the cache."""
+
+    header: dict[str, Any]
+    """Kind, settings, names of the inputs: two results with equal headers are the same."""
+    inputs: tuple[Choice, ...] = ()
+    cost: Cost = Cost()
+    instead_of: Choice = ()
+    """Results that come first: this one is not needed if one of them answers all validation rows right."""
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name it."""
+        object.__setattr__(self, "name", digest(self.header))
+
+    @property
+    def kind(self) -> str:
+        """What it is: soft-prompt, subspace, intrinsic-vector or score."""
+        return str(self.header["kind"])
+
+
+Choice = tuple[Result, ...]
+"""Results of which the best by validation counts, such as those alike but for the learning rate: one, without a grid."""
+
+
+def names(choice: Choice) -> list[str]:
+    """Return what stands in the header of a result that is made of the best of these."""
+    return sorted(result.name for result in choice)
+
+
+class Made(NamedTuple):
+    """What a maker yields: a result that is done."""
+
+    result: Result
+    record: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+class Reporter:
+    """Whom the stages tell what they do; this one keeps it to itself."""
+
+    def say(self, text: str) -> None:
+        """Take a sentence."""
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+        """Yield what takes how much of the total is done."""
+        yield lambda done: None
+
+
+class Claims:
+    """Which process makes what: a file per process that lists the names it has claimed, locked as long as the process lives."""
+
+    def __init__(self, folder: Path) -> None:
+        """Claims are files in `folder`, which is there as long as any process has one."""
+        self.folder, self.path = folder, folder / f"{platform.node()}-{os.getpid()}"
+        self._file: Any = None
+
+    def take(self, wanted: Sequence[str]) -> list[str]:
+        """Claim names, and return those of them that no other living process has; earlier claims of this one are forgotten."""
+        if not wanted or fcntl is None:
+            return list(wanted)
+        try:
+            with self._alone():
+                self.folder.mkdir(exist_ok=True)
+                taken = {name for path in self.folder.iterdir() if path != self.path for name in self._claimed(path)}
+                free = [name for name in wanted if name not in taken]
+                if self._file:
+                    self._file.close()
+                self._file = self.path.open("w")
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+                self._file.write("\n".join(free))
+                self._file.flush()
+        except OSError as error:
+            raise IptError(f"cannot write {self.folder}: {error.strerror or error}; name another folder with --cache") from error
+        return free
+
+    def give_back(self) -> None:
+        """Forget what this process has claimed."""
+        if self._file:
+            with contextlib.suppress(OSError), self._alone():
+                self._file.close()
+                self._file = None
+                self.path.unlink(missing_ok=True)
+                self.folder.rmdir()  # unless another process has claims
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process look at claims meanwhile."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        mutex = os.open(self.folder.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(mutex, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(mutex)
+
+    def _claimed(self, path: Path) -> list[str]:
+        """Return what a living process has; the file of a dead one goes."""
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().split()
+        path.unlink()
+        return []
+
+
+class Store:
+    """The files of one backbone. A result that is being made has its state beside it, under its own name."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """Look into `folder`, for files of the backbone with this fingerprint."""
+        self.folder, self.fingerprint = folder, fingerprint
+        self.claims = Claims(folder / "claims")
+        self._solved: dict[str, bool] = {}
+
+    def path(self, result: Result) -> Path:
+        """Return where the file is or would be."""
+        header = result.header
+        return self.folder / f"{header['kind']}s" / f"{header.get('task', header.get('dim'))}-{result.name}.safetensors"
+
+    def missing(self, results: Iterable[Result]) -> list[Result]:
+        """Return which are needed and not there yet, each once."""
+        absent = (result for result in {r.name: r for r in results}.values() if not self.path(result).exists())
+        return [result for result in absent if not any(self.is_solved(other) for other in result.instead_of)]
+
+    def is_solved(self, result: Result) -> bool:
+        """Tell whether a result answers all validation rows right."""
+        if result.name not in self._solved and self.path(result).exists():
+            self._solved[result.name] = self.read(result)[0]["validation"] == 1
+        return self._solved.get(result.name, False)
+
+    def save(self, made: Made) -> None:
+        """Write a file as a whole, and forget the state on the way to it."""
+        path = self.path(made.result)
+        write_file(path, made.result.header, made.record, made.tensors)
+        path.with_suffix(UNFINISHED).unlink(missing_ok=True)
+
+    def save_unfinished(self, states: Mapping[Result, Mapping[str, Tensor]]) -> None:
+        """Write the states of results that are being made."""
+        for result, state in states.items():
+            if self.path(result).exists():
+                continue  # done meanwhile
+            write_file(self.path(result).with_suffix(UNFINISHED), result.header, {}, state)
+
+    def unfinished(self, result: Result) -> Mapping[str, Tensor]:
+        """Return the state at which making a result goes on; nothing at the beginning, or where the state is damaged."""
+        path = self.path(result).with_suffix(UNFINISHED)
+        try:
+            header, _, state = read_file(path)
+        except IptError:
+            return {}
+        return state if header == result.header else {}
+
+    def read(self, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return record and tensors of a result.
+
+        Raises:
+            IptError: its file is not there, damaged, or of something else.
+        """
+        path = self.path(result)
+        header, record, tensors = read_file(path)
+        if header != result.header:
+            raise IptError(f"{path} is not what its name says: remove it, and the command makes it anew")
+        return record, tensors
+
+    def best(self, choice: Choice) -> tuple[Result, dict[str, Any], dict[str, Tensor]]:
+        """Return the best of a choice by validation score, then by validation loss: itself, its record, its tensors."""
+        made = [result for result in choice if not result.instead_of or self.path(result).exists()]
+        read = [(result, *self.read(result)) for result in made]
+        return max(read, key=lambda it: (it[1].get("validation", 0), -it[1].get("validation_loss", 0)))
+
+    def found(self, kind: str) -> tuple[list[Result], dict[str, str]]:
+        """Return what the cache holds of a kind, ordered by file name, and of each file that cannot be used why."""
+        results, unusable = list[Result](), dict[str, str]()
+        for path in sorted((self.folder / f"{kind}s").glob("*.safetensors")):
+            try:
+                result = Result(read_header(path))
+                if result.header.get("backbone") != self.fingerprint:
+                    made_for = str(result.header.get("backbone"))[:8]
+                    raise IptError(
+                        f"{path} was made with another backbone ({made_for}, expected {self.fingerprint[:8]}): "
+                        "remove it, or name another folder with --cache"
+                    )
+                if result.header.get("kind") != kind or self.path(result) != path:
+                    raise IptError(f"{path} is not what its name says, or is damaged: remove it, and the command makes it anew")
+                results.append(result)
+            except IptError as error:
+                unusable[str(path)] = str(error)
+        return results, unusable
+
+
+Snapshot = Callable[[], Mapping[Result, Mapping[str, "Tensor"]]]
+AfterStep = Callable[[Snapshot, float], None]
+"""Takes a way to read the states of what is under way, and how much is done."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How results of one kind are made."""
+
+    make: Callable[[Sequence[Result], AfterStep], Iterator[Made]]
+    """Yields each result as it is done."""
+    total: Callable[[Sequence[Result]], float]
+    """How much there is to do, in the measure that `AfterStep` is told."""
+
+
+def make(
+    store: Store, results: Iterable[Result], makers: Mapping[str, Maker], report: Reporter,
+    *, pace: Callable[[Sequence[Result]], tuple[float, float]] | None = None,
+) -> None:  # fmt: skip
+    """Make what the cache lacks, stage by stage; with a pace, only tell what that takes.
+
+    Processes share the results of a stage, and go on to the next when all are there, whoever made them.
+
+    Args:
+        store: where results are.
+        results: all that is wanted, inputs among it.
+        makers: kind -> how its results are made, in the order in which they are.
+        report: told of plans and progress.
+        pace: returns seconds per row trained and per row answered, of such results.
+    """
+    seconds = 0.0
+    for stage in stages(results, list(makers)):
+        missing = store.missing(stage)
+        text, needed = plan(stage, missing, pace)
+        report.say(text)
+        seconds += needed
+        if pace is None and missing:
+            _make_stage(store, stage, makers[stage[0].kind], report)
+    if seconds:
+        report.say(f"plan: all of it, if no job ends early; {seconds / 60:.1f} minutes")
+
+
+def stages(results: Iterable[Result], kinds: Sequence[str]) -> list[list[Result]]:
+    """Return what is made together: results of one kind, when tuned also of one space and one configuration; each once."""
+    found: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for result in sorted(results, key=lambda result: kinds.index(result.kind)):
+        tuning = result.header.get("tuning")
+        key = result.kind, digest([tuning, result.header.get("subspace")] if tuning else None)
+        found.setdefault(key, {})[result.name] = result
+    return [list(stage.values()) for stage in found.values()]
+
+
+def label(stage: Sequence[Result]) -> str:
+    """Return what to call results that are made together."""
+    header = stage[0].header
+    about = f" ({header['space']}, dim {header['dim']})" if "subspace" in header and "tuning" in header else ""
+    return f"{stage[0].kind.replace('-', ' ')}s{about}"
+
+
+def plan(
+    stage: Sequence[Result], missing: Sequence[Result], pace: Callable[[Sequence[Result]], tuple[float, float]] | None
+) -> tuple[str, float]:
+    """Return what is to do as a sentence, and in how many seconds, by a pace, where there is one."""
+    cost, seconds = sum((result.cost for result in missing), Cost()), 0.0
+    text = f"plan: {len(missing)} {label(stage)} to make, {len(stage) - len(missing)} made before"
+    if rows := cost.trained + cost.answered:
+        text += f"; at most {rows:,.0f} rows, {cost.tokens / 1e6:,.1f} million tokens"
+    if rows and pace:
+        per_trained, per_answered = pace(missing)
+        seconds = (cost.trained * per_trained + cost.answered * per_answered) / n_ranks()
+        text += f"; {seconds / 60:.1f} minutes by steps just measured"
+    return text + (f"; {cost.size / 1e6:,.1f} MB of files" if cost.size else ""), seconds
+
+
+def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Reporter) -> None:
+    """Make this process's share first; then whatever is missing and nobody alive is making, until nothing is missing."""
+    # A share depends on names and costs, not on what is missing: ranks need not agree, and share alike after an interruption.
+    share, waits = [stage[n] for n in own_share([3 * r.cost.trained + r.cost.answered for r in stage])], False
+    while missing := store.missing(stage):
+        free = store.claims.take([result.name for result in _next(store, share)])
+        try:
+            # Another process may just have made some.
+            own = [result for result in _next(store, share) if result.name in set(free)]
+            if own:
+                with report.progress(label(stage), maker.total(own)) as advance, saving(store, advance) as after_step:
+                    for made in maker.make(own, after_step):
+                        store.save(made)
+        finally:
+            store.claims.give_back()
+        if not own and share == stage:
+            if not waits and n_ranks() == 1:
+                report.say(f"waiting for another process, which makes {len(missing)} {label(stage)}")
+            waits = True
+            time.sleep(0.2)
+        share = share if own and _next(store, share) else list(stage)
+
+
+def _next(store: Store, results: Sequence[Result]) -> list[Result]:
+    """Return the missing results that none of the missing ones could make needless."""
+    missing = store.missing(results)
+    absent = {result.name for result in missing}
+    return [result for result in missing if not any(other.name in absent for other in result.instead_of)]
+
+
+@contextlib.contextmanager
+def saving(store: Store, advance: Callable[[float], None], every: float = 30) -> Iterator[AfterStep]:
+    """Write the states of what is being made: every so many seconds, and when a person or a cluster stops it."""
+    latest: Snapshot = dict
+    saved = time.monotonic()
+
+    def after_step(snapshot: Snapshot, done: float) -> None:
+        nonlocal latest, saved
+        latest = snapshot
+        advance(done)
+        if time.monotonic() - saved > every:
+            store.save_unfinished(latest())
+            saved = time.monotonic()
+
+    try:
+        yield after_step
+    except KeyboardInterrupt:
+        store.save_unfinished(latest())
+        raise

@@ -1,0 +1,111 @@
+"""An encoder-decoder (T5, BART ...): the soft prompt stands in front of the encoder's input, as in the paper and in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from intrinsic_prompt_tuning.lazy import np, torch, transformers
+from intrinsic_prompt_tuning.passes import IGNORE, padded, to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows that have been through the encoder: all texts behind a row go on from there."""
+
+    states: Tensor
+    """(rows, prompt_length + input_length, hidden)."""
+    mask: Tensor
+    """(rows, prompt_length + input_length), true where there is something."""
+
+    def of(self, rows: Sequence[int]) -> Begun:
+        """Return some rows, perhaps several times."""
+        if list(rows) == list(range(len(self.states))):
+            return self
+        at = to_device(rows, self.states.device)
+        return Begun(self.states[at], self.mask[at])
+
+
+@dataclass(frozen=True)
+class Seq2Seq:
+    """A frozen sequence-to-sequence model of transformers, and how rows go through it."""
+
+    model: Any
+    pad_token_id: int
+
+    def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
+        """Run the encoder on `soft prompt + input`.
+
+        Args:
+            soft_prompts: (rows, prompt_length, hidden), float32.
+            input_ids: one list a row; padded here on the right, which no row sees.
+        """
+        prompt_length = soft_prompts.shape[1]
+        ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
+        inputs = self.model.get_input_embeddings()(ids)  # (rows, input_length, hidden)
+        inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (rows, prompt_length + input_length, hidden)
+        mask = to_device(np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True), self.model.device)
+        return Begun(self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask)
+
+    def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
+        """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
+
+        Args:
+            begun: rows that have been through the encoder.
+            rows: which row each text is behind.
+            texts: their tokens.
+        """
+        labels, real = padded(texts, IGNORE, self.model.device)  # (texts, length)
+        # Found on the host: a device that is asked makes the host wait for it.
+        flat, of = (to_device(positions, self.model.device) for positions in (np.flatnonzero(real), np.nonzero(real)[0]))
+        behind, decoder_ids = begun.of(rows), self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        # Only the texts' own tokens reach the vocabulary, the widest layer by far.
+        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),))
+        try:
+            logits = self.model(
+                encoder_outputs=(behind.states,), attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
+            ).logits  # (text tokens, vocabulary)
+        finally:
+            head.remove()
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels.flatten().index_select(0, flat), reduction="none")
+        return losses.new_zeros(len(texts)).index_add(0, of, losses)
+
+    def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+        """Return greedily generated tokens of some rows, each at most so many."""
+        behind = begun.of(rows)
+        written = self.model.generate(
+            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=behind.states),
+            attention_mask=behind.mask, max_new_tokens=max(limits),
+        )  # fmt: skip
+        # A row's own limit holds, so that no answer depends on the rows beside it. The first token is the decoder's start.
+        return [row[1 : 1 + limit] for row, limit in zip(written.tolist(), limits, strict=True)]
+
+
+def share_position_bias(model: Any) -> None:
+    """Let a backbone's attention join position bias (T5) and padding mask once a pass; transformers does it at every layer.
+
+    The joined mask (batch, heads, length, length) is the largest tensor of a pass, and each layer would keep its own for the
+    backward pass. Whether there is padding at all is not looked at either: that look makes the host wait for the device.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        bias = options.pop("position_bias", None)
+        if bias is not None and mask is not None:
+            if getattr(bias, "joined_with", None) is not mask:  # kept on the bias, so that it goes when the pass is over
+                # T5 computes its bias heads last; the fused kernels of a GPU want keys last.
+                bias.joined_with, bias.joined = mask, torch.where(mask, bias.contiguous(), torch.finfo(query.dtype).min)
+            mask, bias = bias.joined, None
+        return sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **options)
+
+    def full_mask(*arguments: Any, **options: Any) -> Any:
+        return sdpa_mask(*arguments, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    transformers.AttentionInterface.register("ipt", attend)
+    transformers.AttentionMaskInterface.register("ipt", full_mask)
+    model.set_attn_implementation("ipt")

@@ -1,0 +1,35 @@
+"""Settings: a dataclass field is an option, its default the only default, and one table says what differs on the testbed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+TESTBED = "testbed"
+"""The built-in world, the split of its tasks, and its backbone."""
+TESTBED_SETTINGS: dict[str, Any] = {
+    "split": TESTBED, "prompt_length": 8, "test_rows": 64, "steps": 280, "evaluations": 2, "batch_size": 1,
+    "learning_rate": [0.3], "subspace_steps": 120, "rows_per_task": 2,
+}  # fmt: skip
+"""What holds on the testbed's backbone where nothing is given."""
+
+
+class Setting(NamedTuple):
+    """What the command line says of a field, and what it allows."""
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    name: str = ""
+    """Of the option, where the field's own name would say too little."""
+    shown_default: str = ""
+    """For defaults that are found out."""
+
+
+def settled(kind: type[T], given: Mapping[str, Any], *, testbed: bool) -> T:
+    """Make settings: what was given, else what holds on the testbed, else the field's default."""
+    own = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    defaults = {name: value for name, value in TESTBED_SETTINGS.items() if testbed and name in own}
+    return kind(**defaults | {name: value for name, value in given.items() if name in own and value is not None})

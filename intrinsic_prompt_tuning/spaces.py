@@ -1,0 +1,141 @@
+"""theta (tasks, dim) -> soft prompts (tasks, prompt_length, hidden).
+
+Soft prompts are taken as differences to the shared initial prompt, in units of the embeddings (prompt) or of the collected
+prompts (the others), so that one learning rate suits every backbone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SpaceKind = Literal["prompt", "subspace", "linear", "random", "random-unscaled", "low-rank"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A frozen map from what learns to soft prompts.
+
+    Without weights it is the identity: prompt tuning. With a hidden layer it is the paper's auto-encoder of soft prompts
+    (section 3.2): one linear layer in, `W2 tanh(W1 v + b1) + b2` out. Without the hidden layer it is linear.
+    """
+
+    initial_prompt: Tensor
+    """(prompt_length, hidden): where the differences are zero."""
+    unit: float
+    """What one is in a difference: root mean square of the embeddings, or of the collected prompts' differences."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """in.weight (dim, n), in.bias (dim), hidden.weight (inner, dim), hidden.bias, out.weight (n, inner), out.bias, where n is
+    prompt_length * hidden; in a linear space out.weight is (n, dim). In a low-rank one there is only basis (rank, hidden)."""
+
+    @property
+    def dim(self) -> int:
+        """How many numbers one task tunes."""
+        length, hidden = self.initial_prompt.shape
+        if "basis" in self.weights:
+            return length * len(self.weights["basis"]) + 2 * hidden
+        return len(self.weights["in.bias"]) if self.weights else length * hidden
+
+    def project(self, soft_prompts: Tensor) -> Tensor:
+        """Map soft prompts (tasks, prompt_length, hidden) to theta (tasks, dim): the paper's Proj."""
+        differences = ((soft_prompts - self.initial_prompt) / self.unit).flatten(1)
+        return self._linear(differences, "in") if self.weights else differences
+
+    def back_project(self, theta: Tensor) -> Tensor:
+        """Map theta (tasks, dim) to soft prompts (tasks, prompt_length, hidden): the paper's Proj_b."""
+        if "basis" in self.weights:
+            differences = self._low_rank(theta)
+        else:
+            inner = torch.tanh(self._linear(theta, "hidden")) if "hidden.weight" in self.weights else theta
+            differences = self._linear(inner, "out") if self.weights else inner
+        return self.initial_prompt + self.unit * differences.view(-1, *self.initial_prompt.shape)
+
+    def _low_rank(self, theta: Tensor) -> Tensor:
+        """Return `(Z P) * (1 + s) + b`, P being the basis and Z, s, b the parts of theta (ULPT)."""
+        length, hidden = self.initial_prompt.shape
+        z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
+        products: Tensor = z.reshape(len(theta), length, -1) @ self.weights["basis"]
+        return torch.addcmul(b[:, None], products, 1 + s[:, None])
+
+    def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
+        """Return the reconstruction error: the share of the prompts' variance around the initial prompt left unexplained."""
+        return (reconstructed - soft_prompts).pow(2).mean() / (soft_prompts - self.initial_prompt).pow(2).mean()
+
+    def _linear(self, x: Tensor, layer: str) -> Tensor:
+        return torch.nn.functional.linear(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"])
+
+
+def unit_of(soft_prompts: Tensor, initial_prompt: Tensor) -> float:
+    """Return the root mean square of soft prompts' differences to the initial prompt."""
+    return float((soft_prompts - initial_prompt).pow(2).mean().sqrt())
+
+
+def untrained_space(initial_prompt: Tensor, *, unit: float, dim: int, inner: int, seed: int) -> Space:
+    """Return an untrained auto-encoder with torch's default initialisation of linear layers."""
+    n, generator = initial_prompt.numel(), torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer, rows, columns in (("in", dim, n), ("hidden", inner, dim), ("out", n, inner)):
+        bound = 1 / math.sqrt(columns)
+        # In place: the last layer is the largest tensor of all.
+        weights[f"{layer}.weight"] = torch.rand(rows, columns, generator=generator).mul_(2).sub_(1).mul_(bound)
+        weights[f"{layer}.bias"] = torch.rand(rows, generator=generator).mul_(2).sub_(1).mul_(bound)
+    return Space(initial_prompt, unit, {k: w.to(initial_prompt.device) for k, w in weights.items()})
+
+
+def scaled_space(space: Space, seed: int) -> Space:
+    """Return an untrained space that reaches as far as a learned one.
+
+    A learned one maps vectors of root mean square one (its own code's) to differences of about one unit (its prompts'). An
+    untrained one falls short of that by a factor of four, so its last layer is scaled: 256 vectors drawn from N(0, 1) map to
+    differences of root mean square one unit.
+    """
+    vectors = torch.randn(256, space.dim, generator=torch.Generator().manual_seed(seed)).to(space.initial_prompt)
+    reach = unit_of(space.back_project(vectors), space.initial_prompt) / space.unit
+    out = {name: weight / reach for name, weight in space.weights.items() if name.startswith("out.")}
+    return replace(space, weights={**space.weights, **out})
+
+
+def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int) -> Space:
+    """Return the principal components of soft prompts (tasks, prompt_length, hidden), theta of unit variance.
+
+    Raises:
+        IptError: there are not more prompts than dimensions.
+    """
+    if dim >= len(soft_prompts):
+        raise IptError(
+            f"{len(soft_prompts)} prompts have {len(soft_prompts) - 1} principal components, not {dim}: use a smaller --dim"
+        )
+    unit = unit_of(soft_prompts, initial_prompt)
+    differences = (soft_prompts - initial_prompt).flatten(1) / unit
+    mean = differences.mean(0)
+    _, s, v = torch.linalg.svd(differences - mean, full_matrices=False)
+    n_components = int((s > 1e-4 * s[0]).sum())
+    if dim > n_components:
+        raise IptError(f"the {len(soft_prompts)} prompts span {n_components} dimensions, not {dim}: use a smaller --dim")
+    # Libraries disagree about the sign of a component: here its largest entry is positive.
+    v = v[:dim] * v[:dim].gather(1, v[:dim].abs().argmax(1, keepdim=True)).sign()
+    scale = s[:dim, None] / math.sqrt(len(soft_prompts))
+    inward = v / scale
+    weights = {"in.weight": inward, "in.bias": -inward @ mean, "out.weight": (v * scale).T, "out.bias": mean}
+    return Space(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()})
+
+
+def low_rank(initial_prompt: Tensor, dim: int) -> int:
+    """Return the rank with which a low-rank space has the most nearly dim numbers."""
+    length, hidden = initial_prompt.shape
+    return max(1, round((dim - 2 * hidden) / length))
+
+
+def low_rank_space(initial_prompt: Tensor, *, unit: float, dim: int, seed: int) -> Space:
+    """Return ULPT's space with as nearly dim numbers as it can have: prompt_length * rank + 2 * hidden, rank at least 1."""
+    rank, hidden = low_rank(initial_prompt, dim), initial_prompt.shape[1]
+    basis = torch.randn(rank, hidden, generator=torch.Generator().manual_seed(seed)) / math.sqrt(rank)
+    return Space(initial_prompt, unit, {"basis": basis.to(initial_prompt.device)})

@@ -1,0 +1,130 @@
+"""One checker for everything that a person writes in YAML: the type hints of a dataclass say what may stand there."""
+
+from __future__ import annotations
+
+import string
+import types
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from intrinsic_prompt_tuning.errors import IptError, nearest
+
+T = TypeVar("T")
+NAMES_OF_TYPES: dict[Any, str] = {str: "text", dict: "a mapping", list: "a list", bool: "true or false"}
+
+
+def build(kind: type[T], row: Any, where: str, /, **more: Any) -> T:
+    """Make a dataclass of a mapping that a person wrote; `more` are fields that nobody writes.
+
+    Raises:
+        IptError: for the first field that is unknown, missing or of the wrong type, in the words of who wrote the file.
+    """
+    hints, own = get_type_hints(kind), [f for f in fields(kind) if f.name not in more]  # type: ignore[arg-type]
+    needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+    if not isinstance(row, dict):
+        raise IptError(f"{where} is {described(row)}, not a mapping of fields such as {', '.join(needed)}")
+    for name, value in row.items():
+        if name not in (known := [f.name for f in own]):
+            raise IptError(f"{where} has an unknown field '{_short(name)}'{nearest(str(name), known)}")
+        check(value, hints[name], f"{where}: field '{name}'")
+    for name in needed:
+        if name not in row:
+            raise IptError(f"{where} has no field '{name}', which every row needs")
+    return kind(**row, **more)
+
+
+def check(value: Any, hint: Any, where: str) -> None:
+    """Refuse a value that is not of a type: text, a choice (Literal), a list, a mapping, or one of several of these."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return
+    if kind in (types.UnionType, Union):
+        # Of several types the one that the value looks like explains what is wrong with it.
+        fitting = [option for option in inner if isinstance(value, _plain(option))]
+        if not fitting:
+            names = " or ".join(NAMES_OF_TYPES[_plain(option)] for option in inner if option is not types.NoneType)
+            raise IptError(f"{where} must be {names}, not {described(value)}")
+        check(value, fitting[0], where)
+        return
+    if not isinstance(value, _plain(hint)):
+        raise IptError(f"{where} must be {NAMES_OF_TYPES[_plain(hint)]}, not {described(value)}")
+    if kind is Literal and value not in inner:
+        raise IptError(f"{where} is '{_short(value)}'{nearest(value, inner)}; it can be {', '.join(inner)}")
+    entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
+    for entry, item in entries:
+        check(item, inner[-1], f"{where}, entry '{_short(entry)}'")
+
+
+def _plain(hint: Any) -> Any:
+    """Return the type to ask `isinstance` with; choices are text."""
+    kind = get_origin(hint) or hint
+    return str if kind is Literal else kind
+
+
+def check_format(template: str, where: str) -> None:
+    """Refuse a template that does more than put text into places: conversions, widths, which could fill the memory."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise IptError(f"{where} cannot be read ({error}); double a brace that is meant as text") from error
+    if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+        raise IptError(f"{where}: a field of the template is a bare {{column}}, without '!' or ':' and not empty")
+
+
+def described(value: Any) -> str:
+    """Name a YAML value as its writer knows it, with the remedy if it is text without quotes."""
+    if value is None or isinstance(value, list | dict):
+        return "empty" if value is None else "a list" if isinstance(value, list) else "a mapping"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (in YAML yes, no, on and off are booleans: quote it)"
+    return _short(value) if isinstance(value, str) else f"{_short(value)} (quote it)"
+
+
+def _short(value: Any, most: int = 80) -> str:
+    """Return what a person wrote, cut to what a sentence can hold."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys, where YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise IptError(f"{self.name}: '{_short(twice[0])}' stands twice in the mapping at line {line}: remove one")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> Any:
+    """Parse a YAML file, once as long as it stays as it is."""
+    try:
+        return _parse_yaml(file, file.stat().st_mtime_ns)
+    except FileNotFoundError as error:
+        raise IptError(f"there is no file {file}: name another with --tasks-file or --split") from error
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise IptError(f"{file} is not readable as YAML: {_short(error, 400)}") from error
+
+
+@lru_cache(maxsize=4)
+def _parse_yaml(file: Path, modified: int) -> Any:
+    with file.open(encoding="utf-8") as stream:
+        return yaml.load(stream, Loader=_StrictLoader)
+
+
+def read_mapping(file: Path, key: str, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file's top-level mapping, in which `key` is needed and `parts` are mappings if they are there."""
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        raise IptError(f"{file}: expected a mapping with the key '{key}', got {described(content)}")
+    for name, hint in parts.items():
+        check(content.get(name, {}), hint, f"{file}: '{name}'")
+    return content

@@ -1,0 +1,181 @@
+"""Few-shot files: what CrossFit (TSV) and MetaICL (JSONL) build, and what the cache keeps of every sample that was drawn.
+
+<folder>/<task>/<task>_<k>_<data seed>_{train,dev,test}.{tsv,jsonl}, and <task>_test.jsonl for all seeds
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.files import digest, write_bytes
+from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
+from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task
+
+FEW_SHOT_FILE = re.compile(r"(?P<task>.+?)(_(?P<k>\d+)_(?P<seed>\d+))?_(?P<part>train|dev|test)\.(tsv|jsonl)")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FewShotFiles:
+    """The few-shot files of one task."""
+
+    task: str
+    files: Mapping[tuple[int, int, str], Path]
+    """(K, data seed, train, dev or test) -> file; K and seed are 0 for a test file that serves all seeds."""
+    per_label: bool = False
+    options: tuple[str, ...] = ()
+    """Options of every row, for TSV files, which name none."""
+
+    def __str__(self) -> str:
+        """Return what the folder holds."""
+        test = "" if self.has_test else ", no test rows"
+        sizes = sorted({k for k, _, part in self.files if part == "train"})
+        return f"few-shot files, K {'/'.join(map(str, sizes))}, data seeds {' '.join(map(str, self.seeds))}{test}"
+
+    @property
+    def seeds(self) -> list[int]:
+        """The data seeds with both train and dev rows."""
+        return sorted({seed for k, seed, part in self.files if part == "train" and (k, seed, "dev") in self.files})
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test rows."""
+        return any(part == "test" for *_, part in self.files)
+
+    def draw(self, data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        """Read the sample of one seed; K is `shots`, or 2 * `shots` in total without labels.
+
+        MetaICL's K counts a classification's rows in total, too, so a folder with one K only has it in either sense.
+        """
+        if data_seed not in self.seeds:
+            there = ", ".join(map(str, self.seeds))
+            raise IptError(f"task '{self.task}' has no train and dev files for data seed {data_seed}; the folder has {there}")
+        sizes = sorted(
+            k for k, seed, part in self.files if (seed, part) == (data_seed, "train") and (k, seed, "dev") in self.files
+        )
+        k = next((k for k in (shots if self.per_label else 2 * shots, shots) if k in sizes), None)
+        if k is None:
+            raise IptError(
+                f"task '{self.task}' has no files of K {shots} for data seed {data_seed}; the folder has "
+                f"{', '.join(map(str, sizes))}: name one with --shots"
+            )
+        test = self.files.get((k, data_seed, "test"), self.files.get((0, 0, "test")))
+        if test is None and test_rows != 0:
+            raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
+        train, dev = (self._read(self.files[k, data_seed, part]) for part in ("train", "dev"))
+        if not (train and dev):
+            raise IptError(f"task '{self.task}': its train or dev file for data seed {data_seed} is empty")
+        return Sample(train, dev, drawn_test_rows(self._read(test), test_rows) if test and test_rows != 0 else ())
+
+    def _read(self, path: Path) -> Rows:
+        try:
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a row may hold any other line separator
+        except (OSError, UnicodeDecodeError) as error:
+            raise IptError(f"{path} cannot be read: {error}") from error
+        return tuple(
+            self._row(f"{path}, line {number}", path.suffix, line) for number, line in enumerate(lines, 1) if line.strip()
+        )
+
+    def _row(self, where: str, suffix: str, line: str) -> Example:
+        if suffix == ".jsonl":
+            return parse_row(where, line)
+        text, *answers = line.removesuffix("\r").split("\t")
+        if not answers:
+            raise IptError(f"{where}: expected an input, a tab and the references, but there is no tab")
+        return Example(text, tuple(answers), self.options)
+
+
+def parse_row(where: str, line: str) -> Example:
+    """Read one JSON object: input, output, and if it has them options, answers (all references) and tail.
+
+    Raises:
+        IptError: it is no such object.
+    """
+    try:
+        row = json.loads(line)
+        text, answers, options = row["input"], row.get("answers") or [row["output"]], row.get("options") or []
+        tail = row.get("tail", 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IptError(f"{where}: expected a JSON object with input, output and options ({error!r})") from error
+    listed = isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)
+    if not listed or not all(isinstance(part, str) for part in (text, *answers, *options)):
+        raise IptError(f"{where}: expected text in input and output, and a list of texts in options")
+    return Example(text, tuple(answers), tuple(options), tail)
+
+
+def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
+    """Find the tasks of a folder of few-shot files.
+
+    A known name gives kind, metric, splits and category. Of an unknown task the rows tell: the same options in every row are a
+    classification, changing ones multiple choice, none free-form answers.
+
+    Raises:
+        IptError: it holds no task.
+    """
+    found: dict[str, dict[tuple[int, int, str], Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        match = FEW_SHOT_FILE.fullmatch(path.name)
+        if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
+            found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
+    sources = [FewShotFiles(task=name, files=files) for name, files in found.items()]
+    tasks = {source.task: _task_of(source, known.get(source.task)) for source in sources if source.seeds}
+    if not tasks:
+        raise IptError(f"{folder} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev")
+    return tasks
+
+
+def _task_of(source: FewShotFiles, known: Task | None) -> Task:
+    if known is None:
+        first = next(path for (_, seed, part), path in source.files.items() if part == "train" and seed in source.seeds)
+        options = {row.options for row in source._read(first)}
+        kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
+        known = Task(name=source.task, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=source.draw, source="")
+    source = replace(source, per_label=known.kind == "classification", options=known.words)
+    return replace(known, draw=source.draw, source=str(source), definition=None)
+
+
+def missing_files(folder: Path, tasks: Mapping[str, Task], wanted: Iterable[str], seeds: Iterable[int]) -> list[str]:
+    """Say, one sentence each, which wanted tasks a folder lacks, and which seeds or test rows the others lack."""
+    sentences = []
+    for name in wanted:
+        if name not in tasks:
+            sentences.append(f"task '{name}' is not in {folder}")
+            continue
+        here = {path.name for path in (folder / name).iterdir()}
+        absent = [
+            str(seed) for seed in seeds if not any(re.fullmatch(rf"{re.escape(name)}_\d+_{seed}_dev\.\w+", own) for own in here)
+        ]
+        sentences += [f"task '{name}' lacks data seeds {', '.join(absent)}"] if absent else []
+        sentences += [] if any("_test." in own for own in here) else [f"task '{name}' has no test file"]
+    return sentences
+
+
+def kept(task: Task, folder: Path) -> Task:
+    """Return the task with a draw that converts and draws once on this machine, and then reads the few-shot files of that.
+
+    The files lie in `folder`, under a name that changes with all that the rows follow from.
+    """
+
+    def draw(data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        name = digest({"definition": task.definition, "metric": task.metric, "shots": shots, "test rows": test_rows})
+        k = shots if task.kind == "classification" else 2 * shots
+        own = folder / f"{task.name}-{name}" / task.name
+        stems = {part: f"_{k}_{data_seed}_{part}" for part in ("train", "dev")} | {"test": f"_{k}_{data_seed}_test"}
+        files = {part: own / f"{task.name}{stem}.jsonl" for part, stem in stems.items()}
+        if not files["test"].exists():  # written last
+            sample = task.draw(data_seed, shots, test_rows)
+            for path, rows in zip(files.values(), sample, strict=True):
+                write_bytes(path, b"".join(_json_line(row) for row in rows))
+        source = FewShotFiles(task=task.name, files={(k, data_seed, part): path for part, path in files.items()})
+        return Sample(*(source._read(path) for path in files.values()))
+
+    return task if task.definition is None else replace(task, draw=draw)
+
+
+def _json_line(row: Example) -> bytes:
+    fields = {"input": row.input, "output": row.answers[0], "options": row.options, "answers": row.answers, "tail": row.tail}
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,297 @@
+"""Tasks from the Hub and from local files: a row of tasks.yaml says how a record of a data set becomes text.
+
+replace, clean, transform, keep -> template -> Example.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.lazy import datasets
+from intrinsic_prompt_tuning.tasks.checks import build, check_format
+from intrinsic_prompt_tuning.tasks.crossfit import crossfit_sample, drawn_test_rows, shuffled
+from intrinsic_prompt_tuning.tasks.examples import Example, Metric, Role, Rows, Sample, Task
+from intrinsic_prompt_tuning.tasks.records import CLEANERS, TRANSFORMS, Record, look_up, map_text, texts
+
+CONVERTED = "refs/convert/parquet"
+WAY_OUT = "; a folder of CrossFit or MetaICL files can stand in: --data DIR"
+READERS = ("csv", "json", "parquet", "text")
+"""Data sets that are local files."""
+Cleaner = Literal["", "strip", "newlines", "breaks", "whitespace", "quotes", "letter", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HubRow:
+    """A row of tasks.yaml: one data set of the Hub, or local files, and the way its records become examples.
+
+    A *path* in a field names a column, or what lies inside one: `sql.human_readable`, `candidates.0`. A name steps into a record,
+    or into each record of a list; a number picks from a list.
+    """
+
+    where: str
+    """The file and the task, for messages."""
+    folder: Path
+    """Local `data_files` are relative to it. Nobody writes these two."""
+    template: str
+    """The input: text with {path} fields, lists joined by `join`; {options} is every option in `option_style`."""
+    answer: str
+    """Path of the label, of the key that picks the right option, or of all references."""
+    metric: Metric
+    kind: Literal["", "classification", "multiple-choice", "free-form"] = ""
+    """Without it, what `verbalizer` and `options` tell."""
+    category: str = ""
+    note: str = ""
+    splits: dict[str, Role] = field(default_factory=dict)
+    dataset: str = ""
+    """Name on the Hub, or csv, json, parquet, text with `data_files`."""
+    config: str = ""
+    revision: str = ""
+    """`refs/convert/parquet` reads the Hub's own conversion of a dataset that is still a script."""
+    data_files: dict[str, str] = field(default_factory=dict)
+    """Split name -> URL or local path."""
+    reader: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the file reader, such as the separator of a csv file."""
+    train: str = "train"
+    """Split to draw from. Brackets shuffle it with seed 42 and take a slice: train[:80%], train[10000:11000]."""
+    test: str = "validation"
+    replace: dict[str, str] = field(default_factory=dict)
+    """Text replaced in every string of a record; the new text is a template."""
+    clean: Cleaner | dict[str, Cleaner] = ""
+    """A name of CLEANERS for the whole input, or column -> cleaner."""
+    transform: str | list[Any] = ""
+    """A name of TRANSFORMS, then its arguments."""
+    keep: dict[str, list[Any]] = field(default_factory=dict)
+    """Path -> the values that a record must have there, other records are left out; an empty list: anything but empty."""
+    join: str = " "
+    truncate: str = ""
+    """Field of the template whose end goes when an input is too long; `start`: the beginning of the input goes."""
+    options: str | list[str] = field(default_factory=list)
+    """Path of the list of options, or one path per option."""
+    option_labels: str = ""
+    """Path of the letters before the options; A, B, C ... without it."""
+    option_style: str = " ({letter}) {text}"
+    pick: Literal["", "text", "label", "letter", "index", "number", "free"] = ""
+    """What `answer` holds: the right option's `text`, its `label`, its `letter` (A, B ...), its `index` from 0 or its `number`
+    from 1; `free` when it is no option but a text of its own."""
+    verbalizer: dict[str, str] = field(default_factory=dict)
+    """Label -> the words that answer it; the words are the options."""
+    references: Literal["", "unique", "sorted"] = ""
+    """`unique` drops empty and repeated references, `sorted` also sorts them. CrossFit left the order of unique ones to chance,
+    so where a row has several its MD5 cannot be met."""
+    join_answers: str | None = None
+    """Joins several answers to one; without it they are alternative references."""
+    clean_answers: Cleaner = ""
+    unavailable: str = ""
+    """Why the dataset cannot be had any more."""
+
+    def examples(self, records: Iterable[Record]) -> Iterator[Example]:
+        """Turn records into examples, in order, without those that the transform or `keep` leave out."""
+        records = map(self._edited, records)
+        try:
+            if self.transform:
+                records = TRANSFORMS[self.transform[0]](records, *self.transform[1:])
+            for record in records:
+                if all(_is_kept(self._value(record, path, "keep"), values) for path, values in self.keep.items()):
+                    yield self._example(record)
+        except KeyError as error:  # only a transform can raise it
+            raise IptError(f"{self.where}: transform needs column {error}, which the data lacks") from error
+
+    def _edited(self, record: Record) -> Record:
+        """Apply `replace`, and `clean` where it names columns."""
+        for old, new in self.replace.items():
+            record = map_text(record, operator.methodcaller("replace", old, self._render(new, record, ())))
+        columns = self.clean.items() if isinstance(self.clean, dict) else ()
+        return record | {column: map_text(self._value(record, column, "clean"), CLEANERS[how]) for column, how in columns}
+
+    def _example(self, record: Record) -> Example:
+        paths = [self.options] if isinstance(self.options, str) else self.options
+        options = tuple(text for path in paths for text in texts(self._value(record, path, "options")))
+        clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
+        head, tail = (self._render(part, record, options) for part in self._parts)
+        text, answers = clean(head + tail), self._answers(record, options)
+        spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
+        choices = tuple(dict.fromkeys(self.verbalizer.values())) or (() if self.pick == "free" else options)
+        return Example(text, answers, choices, spared)
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The template up to the field that truncation shortens, and the rest, which it spares."""
+        *others, last = template_fields(self.template) or [""]
+        gives_way = self.truncate or (others[-1] if others and last == "options" else "start")
+        head, mark, tail = self.template.partition("{" + gives_way + "}")
+        return head + mark, tail
+
+    def _render(self, template: str, record: Record, options: Sequence[str]) -> str:
+        def text_of(path: str) -> str:
+            if path != "options" or not self.options:
+                return self.join.join(texts(self._value(record, path, "template")))
+            labels = self._value(record, self.option_labels, "option_labels") if self.option_labels else string.ascii_uppercase
+            return "".join(self.option_style.format(letter=a, text=b) for a, b in zip(labels, options, strict=False))
+
+        parts = string.Formatter().parse(template)
+        return "".join(literal + (text_of(path) if path is not None else "") for literal, path, *_ in parts)
+
+    def _answers(self, record: Record, options: Sequence[str]) -> tuple[str, ...]:
+        answers = texts(self._value(record, self.answer, "answer"))
+        if self.verbalizer:
+            answers = tuple(map(self._word, answers))
+        elif self.pick != "free":
+            answers = (self._picked(record, answers[0], options),)
+        if self.references:
+            answers = tuple(dict.fromkeys(filter(None, answers)))
+        if self.references == "sorted":
+            answers = tuple(sorted(answers))
+        if self.join_answers is not None:
+            answers = (self.join_answers.join(answers),)
+        return tuple(map(CLEANERS[self.clean_answers], answers)) or ("",)
+
+    def _word(self, label: str) -> str:
+        if label not in self.verbalizer:
+            known = ", ".join(self.verbalizer)
+            raise IptError(
+                f"{self.where}: verbalizer has no words for label '{label}' of '{self.answer}', only for {known}; add it"
+            )
+        return self.verbalizer[label]
+
+    def _picked(self, record: Record, key: str, options: Sequence[str]) -> str:
+        """Return the right option."""
+        if self.pick in ("index", "number"):
+            position = int(key) - (self.pick == "number") if key.isdigit() else -1
+        else:
+            labels = texts(self._value(record, self.option_labels, "option_labels")) if self.pick == "label" else ()
+            among = {"text": options, "label": labels, "letter": string.ascii_uppercase}[self.pick]
+            wanted = key.upper() if self.pick == "letter" else key
+            position = list(among).index(wanted) if wanted in list(among) else -1
+        if not 0 <= position < len(options):
+            raise IptError(f"{self.where}: '{key}' of '{self.answer}' is no {self.pick} of the {len(options)} options {options}")
+        return options[position]
+
+    def _value(self, record: Record, path: str, field_name: str) -> Any:
+        try:
+            return look_up(record, path)
+        except (KeyError, IndexError, TypeError) as error:
+            columns = ", ".join(record)
+            raise IptError(
+                f"{self.where}: {field_name} names '{path}', which the data lacks; its columns are {columns}"
+            ) from error
+
+    def rows_of_split(self, split: str) -> Rows:
+        """Load one split as examples, in CrossFit's order."""
+        name, bracket, bounds = split.partition("[")
+        rows = tuple(self.examples(self._load_records(name)))
+        if not bracket:
+            return rows
+        start, stop = (
+            int(int(bound[:-1]) / 100 * len(rows)) if bound.endswith("%") else int(bound) if bound else None
+            for bound in bounds.removesuffix("]").split(":")
+        )
+        return tuple(shuffled(rows, 42)[start:stop])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows come from files that a person may change at any time."""
+        return self.dataset in READERS and not any("://" in file for file in self.data_files.values())
+
+    def _load_records(self, split: str) -> Iterator[Record]:
+        """Read the records of one split through `datasets`; a failure names task, dataset and reason."""
+        if self.unavailable:
+            raise IptError(f"{self.where} cannot be loaded: {self.unavailable}{WAY_OUT}")
+        files: dict[str, str] | None = self.data_files or None
+        if self.revision == CONVERTED:  # one folder per config and split, which `datasets` would mix up
+            files = {split: f"{self.config or 'default'}/{split}/*.parquet"}
+        elif files and self.dataset in READERS:
+            files = {name: file if "://" in file else str(self.folder / file) for name, file in files.items()}
+        config = None if self.revision == CONVERTED else self.config or None
+        try:
+            table = datasets.load_dataset(
+                self.dataset, config, revision=self.revision or None, data_files=files, split=split, **self.reader
+            )
+        except Exception as error:  # load_dataset lets through whatever its HTTP client, file system or reader raises
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise IptError(f"{self.where}: split '{split}' of '{self.dataset}' could not be loaded: {reason}{WAY_OUT}") from error
+        return iter(table)
+
+
+def _is_kept(value: Any, values: Sequence[str]) -> bool:
+    return any(text in values if values else text for text in texts(value))
+
+
+def template_fields(template: str) -> list[str]:
+    """List the paths that a template names, in order."""
+    return [path for _, path, *_ in string.Formatter().parse(template) if path is not None]
+
+
+def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
+    """Read one row of a tasks file.
+
+    Raises:
+        IptError: for the first field that is unknown, missing, of the wrong type, names something that does not exist, or
+            contradicts another.
+    """
+    where = f"{file.name}: task '{name}'"
+    read = build(HubRow, row, where, where=where, folder=file.parent)
+    if not (read.dataset or read.unavailable):
+        raise IptError(f"{where} has no field 'dataset', which every row needs")
+    kind = read.kind or ("classification" if read.verbalizer else "multiple-choice" if read.options else "free-form")
+    needed = {"classification": "verbalizer", "multiple-choice": "options"}.get(kind)
+    if needed and not getattr(read, needed):
+        raise IptError(f"{where} is of kind {kind}, so it needs field '{needed}'")
+    read = replace(
+        read, kind=kind, pick=read.pick or ("text" if kind == "multiple-choice" else "free"),
+        transform=[read.transform] if read.transform and isinstance(read.transform, str) else read.transform,
+        verbalizer={texts(label)[0]: word for label, word in read.verbalizer.items()},
+        keep={path: list(texts(values)) for path, values in read.keep.items()},
+    )  # fmt: skip
+    _check_row(read)
+    return read
+
+
+def _check_row(row: HubRow) -> None:
+    """Refuse what contradicts itself or cannot be read."""
+    for name, template in (("template", row.template), ("option_style", row.option_style)):
+        check_format(template, f"{row.where}: field '{name}'")
+    named = template_fields(row.template)
+    if row.truncate not in ("", "start", *named):
+        raise IptError(f"{row.where}: truncate names '{row.truncate}', but the template has only {', '.join(named)}")
+    if unknown := set(template_fields(row.option_style)) - {"letter", "text"}:
+        raise IptError(f"{row.where}: option_style names '{unknown.pop()}', but there are only letter and text")
+    if row.transform and row.transform[0] not in TRANSFORMS:
+        name = str(row.transform[0])
+        raise IptError(
+            f"{row.where}: there is no transform '{name}'{nearest(name, TRANSFORMS)}; there are {', '.join(TRANSFORMS)}"
+        )
+    if row.pick == "label" and not row.option_labels:
+        raise IptError(f"{row.where}: pick is 'label', so option_labels must name the column of the labels")
+    for split in (row.train, row.test):
+        if not re.fullmatch(r"[^\[\]]+(\[(\d+%?)?:(\d+%?)?\])?", split):
+            raise IptError(f"{row.where}: split '{split}' cannot be read; write a name or a slice such as train[:80%]")
+
+
+def hub_task(name: str, row: Any, file: Path) -> Task:
+    """Return a task whose rows are CrossFit's sample of a data set."""
+    read = read_hub_row(name, row, file)
+    about = {key: getattr(read, key) for key in ("kind", "metric", "splits", "category", "note")}
+    source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
+    return Task(
+        name=name, source=source, draw=partial(draw_hub, read), definition=None if read.is_local else row,
+        words=tuple(dict.fromkeys(read.verbalizer.values())), **about,
+    )  # fmt: skip
+
+
+def draw_hub(row: HubRow, data_seed: int, shots: int, test_rows: int | None) -> Sample:
+    """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total."""
+    per_label = row.kind == "classification"
+    count = shots if per_label else 2 * shots
+    rows = row.rows_of_split(row.train)
+    train, validation = crossfit_sample(rows, seed=data_seed, shots=count, per_label=per_label)
+    if not validation:
+        raise IptError(f"{row.where}: the {len(rows)} rows of '{row.train}' are too few for {count} shots and validation rows")
+    return Sample(train, validation, () if test_rows == 0 else drawn_test_rows(row.rows_of_split(row.test), test_rows))

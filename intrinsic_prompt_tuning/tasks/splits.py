@@ -1,0 +1,68 @@
+"""Which tasks the subspace is found with, and which it never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.tasks.checks import check, read_yaml
+from intrinsic_prompt_tuning.tasks.examples import Role, Task
+
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Resolve the name of a split to task -> role: seen, unseen, unseen-in or unseen-out.
+
+    Args:
+        tasks: All known tasks; their `splits` say what they are in random, cls and non-cls.
+        name: Such a split; a name in `subsets`; without-<type>, such as without-nli: the seen tasks of random but for those of
+            one type, and all tasks of that type as unseen; or a YAML file of the user's with a list of tasks for each role.
+        subsets: Name -> the seen tasks, for random-20 and the like, whose unseen tasks are those of random.
+
+    Raises:
+        IptError: there is no such split.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_split(Path(name), tasks)
+    base = {task.name: task.splits["random"] for task in tasks.values() if "random" in task.splits}
+    types = {task: "without-" + tasks[task].category.partition("/")[2] for task in base}
+    if name in types.values():
+        return {
+            task: "unseen" if types[task] == name else role
+            for task, role in base.items()
+            if name == types[task] or role == "seen"
+        }
+    if name in subsets:
+        return dict.fromkeys(subsets[name], "seen") | {task: role for task, role in base.items() if role != "seen"}
+    known = sorted({*subsets, *types.values(), *(split for task in tasks.values() for split in task.splits)})
+    if name not in known:
+        raise IptError(
+            f"there is no task split '{name}'{nearest(name, known)}; there are {', '.join(known)}, or a file: --split mine.yaml"
+        )
+    return {task.name: task.splits[name] for task in tasks.values() if name in task.splits}
+
+
+def read_split(file: Path, tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Read a split from a file such as `{seen: [glue-sst2, squad-no_context], unseen: [anli]}`.
+
+    Raises:
+        IptError: it is no such file, a task is unknown, or a task stands under two roles.
+    """
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not any(content.values()):
+        raise IptError(f"{file}: expected lists of tasks under {', '.join(ROLES)}")
+    split: dict[str, str] = {}
+    for role, names in content.items():
+        if role not in ROLES:
+            raise IptError(f"{file}: '{role}' is no role in a split{nearest(str(role), ROLES)}; expected {', '.join(ROLES)}")
+        check(names, list[str], f"{file}: '{role}'")
+        for name in names:
+            if name not in tasks:
+                raise IptError(f"{file}: there is no task '{name}'{nearest(name, tasks)}; 'ipt tasks' lists them")
+            if name in split:
+                raise IptError(f"{file}: task '{name}' stands twice, under {split[name]} and {role}: remove one")
+            split[name] = role
+    return split

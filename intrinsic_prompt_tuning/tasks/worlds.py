@@ -1,0 +1,223 @@
+"""The testbed's language, read from tasks.yaml: a lexicon, one sentence pattern, questions in words, and rows without end."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.tasks.checks import build, check_format
+from intrinsic_prompt_tuning.tasks.examples import Draw, Example, Metric, Role, Rows, Sample, Task
+
+Scene = dict[str, SimpleNamespace]  # slot -> lexicon entry, one attribute per column
+OPTION_MARK = "|"
+"""Stands before each option in a multiple-choice input."""
+WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
+
+
+@dataclass(frozen=True)
+class LexiconTable:
+    """Words and what is known about them, as a tasks file says it."""
+
+    columns: list[str]
+    rows: list[str]
+    """As many words as there are columns."""
+
+    def entries(self) -> list[SimpleNamespace]:
+        """Return one entry a row, its columns as attributes."""
+        return [SimpleNamespace(**dict(zip(self.columns, row.split(), strict=True))) for row in self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldText:
+    """A world as a tasks file says it."""
+
+    sentence: str
+    slots: dict[str, str]
+    lexicon: dict[str, dict[str, Any]]
+
+
+class World:
+    """A synthetic language in which every question has one computable answer."""
+
+    def __init__(self, name: str, text: WorldText, where: str) -> None:
+        """Read the lexicon, and try one sentence.
+
+        Raises:
+            IptError: a table, a slot or a column is not there, or a row has not as many words as there are columns.
+        """
+        self.name, self.text = name, text
+        self.sentence = text.sentence
+        """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
+        self.slots = text.slots
+        """Slot of the sentence -> the lexicon's table that fills it."""
+        check_format(text.sentence, f"{where}: 'sentence'")
+        tables = {table: build(LexiconTable, row, f"{where}, table '{table}'") for table, row in text.lexicon.items()}
+        try:
+            self.lexicon = {name: table.entries() for name, table in tables.items()}
+            self._entries = {slot: self.lexicon[table] for slot, table in self.slots.items()}
+            self._known = {slot: {v for c in self.columns(slot) for v in self.values(slot, c)} for slot in self.slots}
+            self.describe(self.draw(random.Random(0)))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise IptError(
+                f"{where}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table), 'lexicon' "
+                "(table: columns and rows, as many words in each row as there are columns)"
+            ) from error
+
+    def draw(self, rng: random.Random) -> Scene:
+        """Fill every slot with an entry drawn uniformly."""
+        # A label that is rare takes many draws, and `rng.choice` would take most of their time.
+        return {slot: entries[int(rng.random() * len(entries))] for slot, entries in self._entries.items()}
+
+    def describe(self, scene: Scene) -> str:
+        """Return the sentence that tells a scene."""
+        return self.sentence.format(**scene)
+
+    def columns(self, slot: str) -> list[str]:
+        """Return the names of what is known about a slot's words."""
+        return list(vars(self._entries[slot][0]))
+
+    def values(self, slot: str, column: str) -> list[str]:
+        """Return the distinct values of a column, in the lexicon's order."""
+        return list(dict.fromkeys(getattr(entry, column) for entry in self._entries[slot]))
+
+    def answer(self, question: str, scene: Scene) -> str:
+        """Answer a question about a scene.
+
+        A question is one part, or several joined by `then`, answered in turn. A part is `SLOT COLUMN` (the value, such as
+        `day next`) or a test answered yes or no: `SLOT VALUE`, `same COLUMN SLOT SLOT`, `not TEST`, `TEST and TEST`,
+        `TEST or TEST` (`or` binds loosest, `not` tightest).
+
+        Raises:
+            IptError: the question is not one of these.
+        """
+        return " ".join(self._answer_part(part.split(), scene) for part in question.split(" then "))
+
+    def labels(self, question: str) -> list[str]:
+        """Return all answers that a question can have, in the lexicon's order."""
+        parts = []
+        for part in question.split(" then "):
+            slot, _, column = part.partition(" ")
+            is_value = slot in self.slots and column in self.columns(slot)
+            parts.append(self.values(slot, column) if is_value else ["no", "yes"])
+        return [" ".join(answer) for answer in itertools.product(*parts)]
+
+    def _answer_part(self, words: list[str], scene: Scene) -> str:
+        match words:
+            case [slot, column] if slot in self.slots and column in self.columns(slot):
+                return str(getattr(scene[slot], column))
+        return "yes" if self._holds(words, scene) else "no"
+
+    def _holds(self, words: list[str], scene: Scene) -> bool:
+        for connective, combine in (("or", any), ("and", all)):
+            if connective in words:
+                at = words.index(connective)
+                # A list, so that both sides are checked even when one decides.
+                return combine([self._holds(words[:at], scene), self._holds(words[at + 1 :], scene)])
+        match words:
+            case ["not", *rest]:
+                return not self._holds(rest, scene)
+            case ["same", column, a, b] if all(s in self.slots and column in self.columns(s) for s in (a, b)):
+                return bool(getattr(scene[a], column) == getattr(scene[b], column))
+            case [slot, value] if slot in self.slots and value in self._known[slot]:
+                return value in vars(scene[slot]).values()
+        raise IptError(
+            f"world {self.name}: cannot read the question part {' '.join(words)!r}: expected 'SLOT COLUMN', 'SLOT VALUE' or "
+            f"'same COLUMN SLOT SLOT' with the slots {', '.join(self.slots)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldRow:
+    """A row of tasks.yaml that asks a question about a world's sentences."""
+
+    world: str
+    question: str
+    kind: Literal["classification", "multiple-choice", "extraction", "transformation"]
+    metric: Metric | None = None
+    splits: dict[str, Role] = field(default_factory=dict)
+    pretrained: bool = False
+
+
+def world_task(name: str, row: Any, worlds: Mapping[str, World], file: Path) -> Task:
+    """Return a task whose rows are drawn from a world.
+
+    Raises:
+        IptError: a field is wrong, or the world cannot answer the question.
+    """
+    where = f"{file}: task {name}"
+    fields = build(WorldRow, row, where)
+    if fields.world not in worlds:
+        raise IptError(f"{where}: there is no world '{fields.world}' in this file{nearest(fields.world, worlds)}")
+    world = worlds[fields.world]
+    try:
+        world.answer(fields.question, world.draw(random.Random(0)))
+    except IptError as error:
+        raise IptError(f"{where}: {error}") from error
+    return Task(
+        name=name, kind=fields.kind, metric=fields.metric or WORLD_METRICS[fields.kind], splits=fields.splits,
+        pretrained=fields.pretrained, source=f"{world.name}: {fields.question}", definition=[vars(world.text), row],
+        draw=world_draw(world, fields.question, fields.kind),
+    )  # fmt: skip
+
+
+def world_draw(world: World, question: str, kind: str) -> Draw:
+    """Return how a task's rows are drawn, as many of every label for classification.
+
+    A sentence's checksum decides its part, so that train, validation and test rows never meet.
+    """
+    labels = world.labels(question)
+    rows = partial(draw_rows, world, question, kind)
+
+    def draw(data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        count = shots * len(labels) if kind == "classification" else 2 * shots
+        return Sample(
+            train=rows(count, f"train {data_seed}", (2, 3)),
+            validation=rows(count, f"validation {data_seed}", (1,)),
+            test=rows(1000 if test_rows is None else test_rows, "test", (0,)),
+        )
+
+    return draw
+
+
+def draw_rows(world: World, question: str, kind: str, count: int, stream: str, parts: Collection[int]) -> Rows:
+    """Return so many rows of some of the four parts of all sentences; the stream's name is the seed."""
+    rng = random.Random(f"{question} {stream}")
+    return tuple(itertools.islice(_examples(world, question, kind, rng, parts), count))
+
+
+def _examples(world: World, question: str, kind: str, rng: random.Random, parts: Collection[int]) -> Iterator[Example]:
+    """Yield examples, the wanted label going round for classification; no sentence comes twice."""
+    seen, labels = set[str](), world.labels(question)
+    for label in itertools.cycle(labels if kind == "classification" else [None]):
+        for _ in range(100_000):
+            scene = world.draw(rng)
+            sentence = world.describe(scene)
+            if sentence in seen or zlib.crc32(sentence.encode()) % 4 not in parts:
+                continue
+            answer = world.answer(question, scene)
+            if label in (None, answer):
+                break
+        else:
+            raise IptError(f"world {world.name}: the question '{question}' has too few rows for the answer '{label}'")
+        seen.add(sentence)
+        if kind == "multiple-choice":
+            options = _draw_options(world, question, answer, rng)
+            yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
+        else:
+            yield Example(sentence, (answer,), tuple(labels) if label else ())
+
+
+def _draw_options(world: World, question: str, answer: str, rng: random.Random) -> tuple[str, ...]:
+    """Return the answer among up to two other answers that the question can have, in random order."""
+    options, most = {answer}, min(3, len(world.labels(question)))
+    while len(options) < most:
+        options.add(world.answer(question, world.draw(rng)))
+    return tuple(rng.sample(sorted(options), len(options)))

@@ -1,0 +1,312 @@
+"""The one engine: prompt tuning and intrinsic tuning of many jobs at once.
+
+A job is one task, one few-shot sample, one start, one learning rate. Jobs share passes through the backbone and nothing else.
+Dimensions in comments: tasks (rows of theta), dim, prompt_length, hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.lazy import np, torch
+from intrinsic_prompt_tuning.metrics import METRICS
+from intrinsic_prompt_tuning.passes import Budget, to_device
+from intrinsic_prompt_tuning.settings import Setting
+from intrinsic_prompt_tuning.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How a job is tuned."""
+
+    steps: Annotated[int, Setting("Updates of a job.", least=1)] = 1000
+    batch_size: Annotated[int, Setting("Rows of a job in one update.", least=1, most=4096)] = 8
+    evaluations: Annotated[int, Setting("Validations of a job.", least=1)] = 5
+    patience: Annotated[
+        int, Setting("Validations without gain that end a job; 0: none ends early, not even a solved one.", least=0)
+    ] = 3
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
+    clip: float = 0.1
+    """Largest norm of a job's gradient; with Adam that makes the gradients of many steps equally large."""
+    solved: float = 0.03
+    """Loss per token of the validation rows under which a job ends that answers all of them right: nothing is left to learn."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """The steps between two evaluations."""
+        return max(1, self.steps // self.evaluations)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """One row of theta: what is tuned, from where, on what."""
+
+    task: str
+    metric: str
+    data_seed: int
+    learning_rate: float
+    theta: Tensor
+    """(dim,), float32: where it starts."""
+    rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
+    """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
+    unfinished: Callable[[], Mapping[str, Tensor]] = dict
+    """Returns the state at which the job goes on; called when it begins. Empty: at the start."""
+
+    def __str__(self) -> str:
+        """Return what to call the job in messages."""
+        return f"{self.task} (data seed {self.data_seed}, learning rate {self.learning_rate:g})"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished job."""
+
+    job: Job
+    theta: Tensor
+    """(dim,), the best checkpoint by validation score, then by validation loss."""
+    soft_prompt: Tensor
+    """(prompt_length, hidden), what theta stands for."""
+    record: dict[str, float]
+    """validation (score), validation_loss, best_step, steps, first_loss, last_loss (training, means over 10 steps)."""
+
+
+class JobTable:
+    """The jobs in the slots: theta, Adam's moments, step counts and best checkpoints, one row a job.
+
+    A step replaces the tensors of `state` and never writes into them, so that `snapshot` needs no copy.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        """Begin with no job; `dim` is the length of a row of theta."""
+        self.jobs: list[Job] = []
+        self.rows: list[tuple[list[Encoded], list[Encoded]]] = []
+        self.state = {name: torch.zeros(0, dim, device=device) for name in ("theta", "mean", "square", "best_theta")}
+        # Losses stay on the device: reading them would make it wait for the host at every step.
+        self.state |= {name: torch.zeros(0, device=device) for name in ("first_loss", "last_loss")}
+        # What the host decides by is float64: a step count is exact, and a score compares as it was computed.
+        names = ("step", "best_score", "best_loss", "best_step")
+        self.state |= {name: torch.zeros(0, dtype=torch.float64) for name in names}
+
+    def add(self, job: Job) -> None:
+        """Give a job a slot, at its start or where it was interrupted."""
+        start = {"theta": job.theta, "best_theta": job.theta, "best_score": torch.tensor(-math.inf)} | dict(job.unfinished())
+        for name, table in self.state.items():
+            row = start.get(name, torch.zeros(table.shape[1:])).to(table)
+            self.state[name] = torch.cat([table, row[None]])
+        self.jobs.append(job)
+        self.rows.append(job.rows())
+
+    def snapshot(self) -> Callable[[], dict[Job, dict[str, Tensor]]]:
+        """Return a way to read, at any later time, the states that the jobs have now: what `Job.unfinished` can give back."""
+        jobs, state = list(self.jobs), dict(self.state)
+        return lambda: {job: {name: table[i] for name, table in state.items()} for i, job in enumerate(jobs) if state["step"][i]}
+
+    @property
+    def row_lengths(self) -> float:
+        """The mean tokens of a training row without the prompt, summed over the jobs."""
+        return sum(sum(map(len, train)) / len(train) for train, _ in self.rows)
+
+    def retain(self, which: Sequence[int]) -> None:
+        """Drop all jobs but these."""
+        self.state = {name: table[list(which)] for name, table in self.state.items()}
+        self.jobs, self.rows = [self.jobs[i] for i in which], [self.rows[i] for i in which]
+
+    def result(self, i: int, space: Space) -> Tuned:
+        """Return a job's outcome, copied out of the table."""
+        theta = self.state["best_theta"][i].clone()
+        record = {name: float(self.state[name][i]) for name in ("best_step", "first_loss", "last_loss")}
+        record |= {"validation": float(self.state["best_score"][i]), "validation_loss": float(self.state["best_loss"][i])}
+        return Tuned(self.jobs[i], theta, space.back_project(theta[None])[0], record | {"steps": float(self.state["step"][i])})
+
+
+def tune(
+    backbone: Backbone,
+    space: Space,
+    jobs: Iterable[Job],
+    config: TuneConfig,
+    *,
+    slots: int | None = None,
+    decoding: Decoding = "options",
+    on_step: Callable[[JobTable], None] = lambda table: None,
+) -> Iterator[Tuned]:
+    """Tune jobs and yield each as it finishes, its slot going to the next.
+
+    Args:
+        backbone: frozen; only theta gets gradients.
+        space: maps theta to soft prompts, once per job and step.
+        jobs: in the order in which they get slots.
+        config: the same for all jobs.
+        slots: jobs that are tuned at once; without it as many as fill four passes, so that rows of like length meet, and at
+            least 16.
+        decoding: how validation rows are answered.
+        on_step: called after each step of all slots, with the table.
+
+    Raises:
+        IptError: a loss is not finite.
+    """
+    table, queue = JobTable(space.dim, backbone.device), iter(jobs)
+    while True:
+        while _has_slot(table, slots, backbone.budget, config, len(space.initial_prompt)) and (job := next(queue, None)):
+            table.add(job)
+        if not table.jobs:
+            return
+        step(backbone, space, table, config)
+        steps = table.state["step"]
+        due = [i for i, taken in enumerate(steps.tolist()) if taken % config.evaluate_every == 0 or taken == config.steps]
+        if due:
+            validate(backbone, space, table, due, decoding)
+        done = _over(table.state, config, due) if due else []
+        yield from (table.result(i, space) for i in done)
+        if done:
+            table.retain([i for i in range(len(table.jobs)) if i not in done])
+        on_step(table)
+
+
+def _over(state: Mapping[str, Tensor], config: TuneConfig, due: Sequence[int]) -> list[int]:
+    """Return which of the jobs just validated end here: their steps are done, they get no better, or they cannot."""
+    over = state["step"] == config.steps
+    if config.patience:
+        over |= state["step"] - state["best_step"] >= config.patience * config.evaluate_every
+        over |= (state["best_score"] == 1) & (state["best_loss"] < config.solved)
+    return [i for i in due if over[i]]
+
+
+def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneConfig, prompt_length: int) -> bool:
+    """Tell whether one more job can be tuned beside those in the table."""
+    if slots:
+        return len(table.jobs) < slots
+    tokens = config.batch_size * (table.row_lengths + prompt_length * len(table.jobs))
+    return len(table.jobs) < 16 or tokens < 4 * budget.tokens
+
+
+def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
+    """Update every job in the table once, each on its own next minibatch."""
+    state, taken = table.state, table.state["step"].long().tolist()
+    theta = state["theta"].requires_grad_()
+    prompts = space.back_project(theta)  # (tasks, prompt_length, hidden)
+    batch = [
+        (i, train[row])
+        for i, (train, _) in enumerate(table.rows)
+        for row in minibatch(len(train), config.batch_size, table.jobs[i].data_seed, taken[i])
+    ]
+    losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
+    (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
+    state["theta"] = theta.detach()
+    _record_losses(losses, state, config)
+    adam(state, gradient, torch.tensor([job.learning_rate for job in table.jobs], dtype=torch.float64), config)
+
+
+def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tuple[int, Encoded]]) -> tuple[Tensor, Tensor]:
+    """Return each prompt's loss on its own rows of a batch, and the gradient of it.
+
+    Args:
+        backbone: frozen.
+        soft_prompts: (tasks, prompt_length, hidden).
+        batch: (index of the soft prompt, row).
+
+    Returns:
+        Losses (tasks,), each the mean over the target tokens of the prompt's rows; gradients (tasks, prompt_length, hidden).
+    """
+    leaf = soft_prompts.requires_grad_()
+    losses = torch.zeros(len(leaf), device=leaf.device)
+    tokens = Counter[int]()
+    for i, example in batch:
+        tokens[i] += len(example.target_ids)
+
+    def work(numbers: list[int]) -> None:
+        own = [batch[n][1] for n in numbers]
+        at = to_device([batch[n][0] for n in numbers], leaf.device)
+        begun = backbone.lm.begin(leaf[at], [e.input_ids for e in own])
+        sums = backbone.lm.text_losses(begun, range(len(own)), [e.target_ids for e in own])
+        means = sums / to_device([tokens[batch[n][0]] for n in numbers], leaf.device)
+        means.sum().backward()
+        losses.index_add_(0, at, means.detach())
+
+    backbone.budget.in_passes([leaf.shape[1] + len(example) for _, example in batch], work)
+    return losses, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:
+    """Return the row numbers of a step: without end through the rows, freshly shuffled each time; no state to save."""
+    wanted = range(step * size, (step + 1) * size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(rows) for epoch in {n // rows for n in wanted}}
+    return [int(orders[n // rows][n % rows]) for n in wanted]
+
+
+def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, config: TuneConfig) -> None:
+    """Take each job's own step of Adam (betas 0.9 and 0.999), its gradient clipped, its rate warmed up and decayed."""
+    norms = gradient.norm(dim=1, keepdim=True)
+    gradient = gradient * (config.clip / norms.clamp_min(config.clip))
+    state["step"] = state["step"] + 1
+    state["mean"] = state["mean"].lerp(gradient, 0.1)
+    state["square"] = state["square"].lerp(gradient.square(), 0.001)
+    step = state["step"]
+    warm = (step / max(1.0, config.warmup * config.steps)).clamp_max(1)
+    left = (1 - (step - 1) / config.steps).clamp_min(0)
+    rates = torch.stack([learning_rates * torch.minimum(warm, left) / (1 - 0.9**step), 1 - 0.999**step]).float()
+    rate, share = to_device(rates, gradient.device)[..., None]  # (tasks, 1) each
+    state["theta"] = state["theta"] - rate * state["mean"] / ((state["square"] / share).sqrt() + 1e-8)
+
+
+def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig) -> None:
+    """Add each job's loss to its mean over its first ten and over its last ten steps; one that is not finite stays in both."""
+    step, window = to_device(state["step"], losses.device), min(10, config.steps)
+    state["first_loss"] = state["first_loss"] + torch.where(step < window, losses / window, 0)
+    state["last_loss"] = torch.where(step == 0, losses, state["last_loss"].lerp(losses, 0.1))
+
+
+def validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[int], decoding: Decoding) -> None:
+    """Score the validation rows of some jobs, and keep their theta where it is the best so far."""
+    with torch.no_grad():
+        prompts = space.back_project(table.state["theta"][list(due)])
+    rows = [(at, example) for at, i in enumerate(due) for example in table.rows[i][1]]
+    answers = iter(backbone.answer(prompts, rows, decoding=decoding))
+    state = table.state
+    for name in ("best_theta", "best_score", "best_loss", "best_step"):
+        state[name] = state[name].clone()  # written into below
+    for i in due:
+        examples = table.rows[i][1]
+        own = list(itertools.islice(answers, len(examples)))
+        score = METRICS[table.jobs[i].metric]([a.text for a in own], [e.example.answers for e in examples])
+        loss = sum(a.loss for a in own) / len(own)
+        for which, value in (("training", float(state["last_loss"][i])), ("validation", loss)):
+            if not math.isfinite(value):
+                raise IptError(
+                    f"the {which} loss of task {table.jobs[i]} is {value} by step {int(state['step'][i])}: "
+                    "use a smaller --learning-rate, or --precision fp32"
+                )
+        if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
+            state["best_theta"][i] = state["theta"][i]
+            for name, value in (("best_score", score), ("best_loss", loss), ("best_step", float(state["step"][i]))):
+                state[name][i] = value
+
+
+def measure_pace(
+    backbone: Backbone, space: Space, jobs: Sequence[Job], config: TuneConfig, decoding: Decoding
+) -> tuple[float, float]:
+    """Return seconds per row trained and per row answered, by a few steps of some jobs of which nothing is kept."""
+    table = JobTable(space.dim, backbone.device)
+    for job in jobs:
+        table.add(job)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        step(backbone, space, table, config)
+        float(table.state["last_loss"].sum())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    validate(backbone, space, table, range(len(jobs)), decoding)
+    answering = time.perf_counter() - begin
+    return min(seconds[1:]) / (len(jobs) * config.batch_size), answering / sum(len(rows) for _, rows in table.rows)

@@ -1,0 +1,1034 @@
+"""The commands as a user types them, on the tiny T5 and the small world."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TASKS_FILE, Result, files_in, run_ipt
+
+import ipt
+from intrinsic_prompt_tuning.backbone import Backbone
+from intrinsic_prompt_tuning.context import Options
+from intrinsic_prompt_tuning.files import read_file, read_header
+from intrinsic_prompt_tuning.finding import SubspaceConfig
+from intrinsic_prompt_tuning.lazy import datasets
+from intrinsic_prompt_tuning.metrics import METRICS
+from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS
+from intrinsic_prompt_tuning.tasks import Task
+from intrinsic_prompt_tuning.tuning import TuneConfig
+
+Cli = Callable[..., Result]
+DIMS = ("--dim", 6, "--dim", 4)
+SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
+COMMANDS = ("collect", "fit-subspace", "tune", "eval", "run", "tasks")
+PACE = 3.0
+"""Seconds that a help text may take here, six times the promise: other work may fill the machine."""
+
+
+def assert_one_error(result: Result, *parts: str) -> None:
+    """Check that a command ended in one sentence on stderr that holds these words."""
+    assert result.code == 1, result
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    assert result.err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert re.search(part, errors[0]), f"{part!r} not in {errors[0]!r}"
+
+
+def assert_done(result: Result) -> Result:
+    assert result.code == 0, result.err
+    return result
+
+
+def backbone_folder(cache: Path) -> Path:
+    """Return where the results of the one backbone are: rows that were drawn lie beside it."""
+    (folder,) = (path for path in cache.iterdir() if path.name != "samples")
+    return folder
+
+
+def results_in(cache: Path) -> dict[str, bytes]:
+    """Return the files of the results of all backbones: all but the rows that were drawn."""
+    return {name: content for name, content in files_in(cache).items() if not name.startswith("samples")}
+
+
+def report_of(cli: Cli, *arguments: object) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(assert_done(cli("eval", "--json", *arguments)).out)
+    return report
+
+
+def row_names(report: dict[str, Any]) -> set[tuple[Any, ...]]:
+    """Return what the rows of a report are of."""
+    return {tuple(row[name] for name in ("quantity", "space", "start", "dim", "data_seed", "subspace")) for row in report["rows"]}
+
+
+# --- The four commands one after the other -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli]:
+    """Return a cache in which all stages were done, and a way to run further commands on it."""
+    cache = tmp_path_factory.mktemp("finished")
+
+    def cli(command: str, *arguments: object) -> Result:
+        return run_ipt(command, *shared_options, "--cache", cache, *arguments)
+
+    assert_done(cli("collect", *SHORT, "--learning-rate", 0.1, "--learning-rate", 0.3))
+    assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
+    assert_done(cli("tune", *SHORT, *DIMS, "--seen", "--data-seed", 21))
+    assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen"))
+    assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen", "--start", "seen"))
+    assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen", "--space", "random"))
+    assert_done(cli("tune", *SHORT, "--dim", 4, "--task", "day-then-count", "--space", "linear"))
+    assert_done(cli("eval"))
+    return cache, cli
+
+
+def test_every_stage_leaves_its_files_and_nothing_else(finished: tuple[Path, Cli]) -> None:
+    folder = backbone_folder(finished[0])
+    counts = {kind.name: len(list(kind.iterdir())) for kind in folder.iterdir()}
+    scores = counts.pop("scores")
+    # 7 tasks at 2 learning rates; the random and the linear space; 5 tasks at 2 dims, then 2 unseen ones three times, then one
+    assert counts == {"soft-prompts": 14, "subspaces": 2 + 2, "intrinsic-vectors": 5 * 2 + 2 * 3 + 1}
+    # prompts, no prompt, one answer for all, reconstructions, vectors, mean and nearest of the seen prompts on 2 unseen tasks
+    assert scores == 3 * 7 + 2 * 7 + 17 + 2 * 2
+    assert {path.suffix for path in folder.glob("*/*")} == {".safetensors"}
+
+
+def test_the_files_hold_what_they_say(finished: tuple[Path, Cli]) -> None:
+    sizes = {"soft-prompts": {"soft_prompt": (3, 16)}, "intrinsic-vectors": {"intrinsic_vector": None}}
+    for kind, expected in sizes.items():
+        for path in (backbone_folder(finished[0]) / kind).iterdir():
+            header, record, _ = read_file(path)
+            tensors = safetensors.torch.load_file(path)
+            assert {name: shape or (header["dim"],) for name, shape in expected.items()} == {
+                name: tuple(tensor.shape) for name, tensor in tensors.items()
+            }
+            assert path.name.startswith(f"{header['task']}-")
+            assert record["steps"] == 6 and 0 < record["best_step"] <= 6
+            assert -1 <= record["validation"] <= 1
+
+
+def test_scores_are_files_without_tensors(finished: tuple[Path, Cli]) -> None:
+    for path in (backbone_folder(finished[0]) / "scores").iterdir():
+        _, record, tensors = read_file(path)
+        assert record.keys() == {"score", "n"} and not tensors
+        assert -1 <= record["score"] <= 1 and record["n"] == 10
+
+
+def test_prompt_tuning_lowers_the_training_loss(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("collect", "--task", "count-next", "--task", "mood-good", "--steps", 60, "--learning-rate", 0.3))
+    records = [read_file(path)[1] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
+    assert len(records) == 2
+    assert all(record["last_loss"] < record["first_loss"] for record in records)
+
+
+KEYS = {
+    "quantity", "space", "start", "dim", "data_seed", "subspace", "numbers", "candidates", "n_tasks", "n_excluded", "e_rel",
+    "e_rel_low", "e_rel_high", "median_ratio", "gain", "gain_low", "gain_high", "mean_score", "mean_prompt_tuning", "ratio_of_means",
+}  # fmt: skip
+
+
+def test_eval_prints_one_json_object_with_exactly_the_promised_keys(finished: tuple[Path, Cli], t5_folder: Path) -> None:
+    report = report_of(finished[1])
+    assert report.keys() == {
+        "backbone", "split", "prompt_tuning", "no_better_than_no_prompt", "rows", "dimensions_needed", "rows_without_pretrained",
+        "subspaces",
+    }  # fmt: skip
+    assert (report["backbone"], report["split"]) == (str(t5_folder), "tiny")
+    assert {role: row["n_tasks"] for role, row in report["prompt_tuning"].items()} == {"seen": 5, "unseen": 2}
+    for row in report["prompt_tuning"].values():
+        assert row.keys() == {"n_tasks", "mean_score", "no_prompt", "one_answer"}
+    assert all(row.keys() == KEYS for row in [*report["rows"], *report["rows_without_pretrained"]])
+    with_scores = report_of(finished[1], "--per-task")
+    scores = with_scores.pop("scores")
+    assert with_scores == report
+    for score in scores:
+        assert score.keys() == {
+            "quantity", "task", "space", "start", "dim", "data_seed", "subspace", "candidates", "value", "n",
+        }  # fmt: skip
+
+
+def test_eval_has_a_row_for_all_that_the_cache_holds(finished: tuple[Path, Cli]) -> None:
+    rows = report_of(finished[1])["rows"]
+    found = [(r["quantity"], r["space"], r["start"], r["dim"], r["data_seed"]) for r in rows]
+    assert sorted(map(str, found)) == sorted(map(str, [
+        *(("T_train(MSF)", "subspace", None, dim, 100) for dim in (6, 4)),
+        *(("T_test(MSF)", "subspace", None, dim, 100) for dim in (6, 4)),
+        *(("T_train_diff(IST)", "subspace", "random", dim, 21) for dim in (6, 4)),
+        ("T_test(IST)", "subspace", "random", 6, 100),
+        ("T_test(IST)", "subspace", "seen", 6, 100),
+        ("T_test(IST)", "random", "random", 6, 100),
+        ("T_test(IST)", "linear", "random", 4, 100),
+        ("T_test(mean)", "mean", None, 0, 100),
+        ("T_test(nearest)", "nearest", None, 0, 100),
+    ]))  # fmt: skip
+    assert {(r["n_tasks"] + r["n_excluded"]) for r in rows if "train" in r["quantity"]} == {5}
+    assert all(r["numbers"] == r["dim"] for r in rows)
+
+
+def test_the_scores_of_eval_are_those_of_a_plain_loop_over_the_files(
+    finished: tuple[Path, Cli], t5: Backbone, tasks: dict[str, Task]
+) -> None:
+    """Soft prompts are read without ipt, the best of the grid is chosen, options and words are answered row by row."""
+    report = report_of(finished[1], "--per-task")
+    told = {s["task"]: s["value"] for s in report["scores"] if s["quantity"] == "prompt tuning"}
+    assert {s["candidates"] for s in report["scores"] if s["quantity"] == "prompt tuning"} == {2}
+    best: dict[str, tuple[tuple[float, float], torch.Tensor]] = {}
+    for path in finished[0].glob("*/soft-prompts/*"):
+        header, record, _ = read_file(path)
+        rank = (record["validation"], -record["validation_loss"])
+        if header["task"] not in best or rank > best[header["task"]][0]:
+            best[header["task"]] = rank, safetensors.torch.load_file(path)["soft_prompt"]
+    assert told.keys() == best.keys() == tasks.keys()
+    for name in ("mood-good", "animal-class", "mood-opposite-choice", "even-or-good"):
+        rows, guesses = tasks[name].sample(100, shots=4, test_rows=10).test, []
+        for row in rows:
+            ids = torch.tensor(t5.tokenizer(row.input).input_ids)
+            inputs = torch.cat([best[name][1], t5.model.get_input_embeddings()(ids)])[None]
+            with torch.no_grad():
+                losses = [
+                    float(t5.model(inputs_embeds=inputs, labels=torch.tensor([t5.tokenizer(option).input_ids])).loss)
+                    for option in row.options
+                ]  # all options are one word, so the mean over tokens ranks like the sum
+            guesses.append(row.options[losses.index(min(losses))])
+        assert told[name] == pytest.approx(METRICS[tasks[name].metric](guesses, [row.answers for row in rows]))
+
+
+def test_the_table_for_people_shows_the_figures_of_the_json(finished: tuple[Path, Cli]) -> None:
+    text = assert_done(finished[1]("eval", "--per-task")).out
+    report = report_of(finished[1])
+    for row in report["rows"]:
+        begin = [row["quantity"], row["space"], str(row["dim"]), str(row["numbers"]), row["start"] or "-"]
+        (line, *_) = [line for line in text.splitlines() if line.split()[:5] == begin]
+        assert f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}" in line
+        assert ("-" if row["e_rel"] is None else f"{row['e_rel']:.3f}") in line
+    for role, row in report["prompt_tuning"].items():
+        figures = " +".join(f"{row[name]:.3f}" for name in ("mean_score", "no_prompt", "one_answer"))
+        assert re.search(rf"^{role} tasks +{row['n_tasks']} +{figures}$", text, re.MULTILINE)
+    for task in ("mood-good", "day-then-count"):
+        assert re.search(rf"^{task} +prompt tuning ", text, re.MULTILINE)
+
+
+def test_the_wide_table_has_every_column(finished: tuple[Path, Cli]) -> None:
+    narrow, wide = (assert_done(finished[1]("eval", *more)).out for more in ((), ("--wide",)))
+    (head, *_) = [line for line in wide.splitlines() if line.startswith("quantity")]
+    columns = [
+        "quantity", "space", "dim", "numbers", "start", "data seed", "subspace", "n", "E_rel", "excluded", "median",
+        "ratio of means", "candidates", "gain", "mean / prompt tuning",
+    ]  # fmt: skip
+    assert re.split(r"  +", head) == columns
+    assert "excluded" not in narrow
+
+
+def test_a_table_without_rows_alike_has_the_few_columns_that_every_reader_needs(cli: Cli) -> None:
+    assert_done(cli("collect", *SHORT))
+    assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 2))
+    text = assert_done(cli("eval")).out
+    (head,) = [line for line in text.splitlines() if line.startswith("quantity")]
+    assert re.split(r"  +", head) == ["quantity", "space", "dim", "numbers", "n", "E_rel", "gain", "mean / prompt tuning"]
+    assert max(len(line) for line in text.splitlines() if line.startswith("T_")) <= 100
+
+
+def test_the_seen_tasks_are_also_told_without_those_the_backbone_was_trained_on(finished: tuple[Path, Cli]) -> None:
+    """One of the five seen tasks is marked so."""
+    rows = report_of(finished[1])["rows_without_pretrained"]
+    assert {row["quantity"] for row in rows} == {"T_train(MSF)", "T_train_diff(IST)"}
+    assert {row["n_tasks"] + row["n_excluded"] for row in rows} == {4}
+    mark = "seen tasks without those whose very question the backbone was trained on"
+    _, found, rest = assert_done(finished[1]("eval", "--wide")).out.partition(mark)
+    assert found and [line.split()[0] for line in rest.splitlines() if line.startswith("T_")] == [r["quantity"] for r in rows]
+    assert mark not in assert_done(finished[1]("eval")).out
+
+
+def test_doing_it_all_again_does_nothing(finished: tuple[Path, Cli]) -> None:
+    cache, cli = finished
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    table = assert_done(cli("eval")).out
+    assert_done(cli("collect", *SHORT, "--learning-rate", 0.3, "--learning-rate", 0.1))
+    assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
+    assert_done(cli("tune", *SHORT, *DIMS, "--seen", "--data-seed", 21))
+    assert_done(cli("tune", *SHORT, "--dim", 4, "--task", "day-then-count", "--space", "linear"))
+    assert_done(cli("tune", *SHORT, "--learning-rate", 0.3, "--space", "prompt"))
+    assert assert_done(cli("eval")).out == table
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+def test_one_more_collection_at_another_learning_rate_leaves_all_rows_of_eval(
+    finished: tuple[Path, Cli], cli: Cli, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "cache")
+    before = report_of(cli)
+    assert_done(cli("collect", *SHORT, "--learning-rate", 0.5))
+    after = report_of(cli)
+    assert row_names(after) == row_names(before)
+    scored = {name: [(row["mean_score"], row["candidates"]) for row in r["rows"] if name in row["quantity"]]
+              for name in ("train(MSF)", "IST") for r in (before,)}  # fmt: skip
+    for name, expected in scored.items():
+        assert [(row["mean_score"], row["candidates"]) for row in after["rows"] if name in row["quantity"]] == expected
+    assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen"))
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing_but_rows(cli: Cli, tmp_path: Path) -> None:
+    measured = r"at most [1-9][\d,]* rows, [\d.]+ million tokens; [\d.]+ minutes by steps just measured"
+    for command in ("collect", "run"):
+        result = assert_done(cli(command, "--dry-run", *SHORT, *(DIMS if command == "run" else ())))
+        assert re.search(
+            rf"^plan: 7 soft prompts to make, 0 made before; {measured}; [\d.]+ MB of files$", result.err, re.MULTILINE
+        )
+        assert not result.out
+    assert re.search(rf"^plan: 5 subspaces to make, 0 made before; {measured}; [\d.]+ MB of files$", result.err, re.MULTILINE)
+    for about in ("subspace, dim 6", "subspace, dim 4", "random, dim 6", "random, dim 4", "low-rank, dim 35"):
+        assert re.search(rf"^plan: 7 intrinsic vectors \({about}\) to make, 0 made before; {measured}", result.err, re.MULTILINE)
+    scores = 3 * 7 + 2 * 7 + 5 * 7 + 2 * 2
+    assert re.search(rf"^plan: {scores} scores to make, 0 made before; {measured}$", result.err, re.MULTILINE)
+    assert re.search(r"^plan: all of it, if no job ends early; [\d.]+ minutes$", result.err, re.MULTILINE)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["samples"]
+
+
+def test_a_real_run_measures_no_pace(cli: Cli) -> None:
+    done = assert_done(cli("collect", *SHORT, "--task", "count-next"))
+    assert re.search(
+        r"^plan: 1 soft prompts to make, 0 made before; at most [\d,]+ rows, .* MB of files$", done.err, re.MULTILINE
+    )
+    assert "minutes" not in done.err
+
+
+def test_only_the_named_tasks_are_collected(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "even-or-good"))
+    names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*/soft-prompts/*"))
+    assert names == ["count-next", "even-or-good"]
+
+
+def test_asking_for_the_unseen_tasks_of_a_split_without_any_is_refused(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "tasks.yaml"
+    file.write_text(TASKS_FILE.replace("{tiny: unseen}", "{other: unseen}"), encoding="utf-8")
+    assert_one_error(cli("collect", *SHORT, "--tasks-file", file, "--unseen"), "unseen", "tiny")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+# --- Two subspaces of one dim --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twice(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli, dict[bool, str]]:
+    """Return a cache with two subspaces of one dim, learned with the tasks' loss and without, and their names."""
+    cache = tmp_path_factory.mktemp("twice")
+
+    def cli(command: str, *arguments: object) -> Result:
+        return run_ipt(command, *shared_options, "--cache", cache, *arguments)
+
+    assert_done(cli("collect", *SHORT))
+    assert_done(cli("fit-subspace", "--dim", 6, "--subspace-steps", 5))
+    assert_done(cli("fit-subspace", "--dim", 6, "--subspace-steps", 5, "--no-lm-loss"))
+    headers = {path: read_header(path) for path in cache.glob("*/subspaces/*")}
+    names = {header["config"]["lm_loss"]: path.stem.rpartition("-")[2] for path, header in headers.items()}
+    assert len(headers) == len(names) == 2
+    return cache, cli, names
+
+
+def test_tuning_in_one_of_two_subspaces_is_refused_and_both_are_named_with_what_differs(
+    twice: tuple[Path, Cli, dict[bool, str]],
+) -> None:
+    cache, cli, names = twice
+    before = results_in(cache)
+    told = [rf"{names[lm_loss][:8]} \(lm_loss {lm_loss}\)" for lm_loss in (True, False)]
+    assert_one_error(cli("tune", *SHORT, "--dim", 6, "--unseen"), "2 subspaces of dim 6", "--subspace", *told)
+    assert_one_error(cli("tune", *SHORT, "--dim", 6, "--unseen", "--subspace", "zz"), "--subspace", *told)
+    assert results_in(cache) == before
+
+
+def test_a_subspace_that_is_named_is_tuned_in_and_eval_tells_two_of_one_dim_apart(
+    twice: tuple[Path, Cli, dict[bool, str]], cli: Cli, tmp_path: Path
+) -> None:
+    _, _, names = twice
+    shutil.copytree(twice[0], tmp_path / "cache")
+    for name in (names[True][:8], names[False]):
+        assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen", "--subspace", name))
+    tuned = [read_header(path)["subspace"] for path in (tmp_path / "cache").glob("*/intrinsic-vectors/*")]
+    assert sorted(tuned) == sorted(2 * list(names.values()))
+    report = report_of(cli)
+    for quantity in ("T_train(MSF)", "T_test(MSF)", "T_test(IST)"):
+        rows = [row["subspace"] for row in report["rows"] if (row["quantity"], row["space"]) == (quantity, "subspace")]
+        assert sorted(rows) == sorted(names.values())
+    assert report["subspaces"] == {names[True]: "lm_loss True", names[False]: "lm_loss False"}
+    text = assert_done(cli("eval")).out
+    for lm_loss, name in names.items():
+        assert re.search(rf"^T_test\(IST\) +subspace +6 .* {name[:8]} ", text, re.MULTILINE)
+        assert f"subspace {name[:8]}: lm_loss {lm_loss}" in text
+
+
+# --- All in one ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], Result]:
+    cache = tmp_path_factory.mktemp("run")
+    arguments = ["run", *shared_options, *SHORT, *DIMS, "--subspace-steps", 5, "--slots", 3, "--cache", cache]
+    return cache, arguments, assert_done(run_ipt(*arguments))
+
+
+def test_run_announces_its_plan_and_prints_the_table(whole_run: tuple[Path, list[object], Result]) -> None:
+    _, _, result = whole_run
+    assert re.search(r"^plan: 7 soft prompts to make, .* million tokens; .* MB of files$", result.err, re.MULTILINE)
+    for quantity in ("T_train(MSF)", "T_test(MSF)", "T_train_diff(IST)", "T_test(IST)"):
+        assert quantity in result.out
+    for space in ("subspace", "random"):
+        for dim in (6, 4):
+            assert re.search(rf"^T_test\(IST\) +{space} +{dim} +{dim} ", result.out, re.MULTILINE)
+
+
+def test_a_dry_run_tells_what_a_stopped_run_has_left(whole_run: tuple[Path, list[object], Result], tmp_path: Path) -> None:
+    cache, arguments, _ = whole_run
+    shutil.copytree(cache, tmp_path / "cache")
+
+    def plans() -> dict[str, tuple[int, int]]:
+        done = assert_done(run_ipt(*arguments[:-1], tmp_path / "cache", "--dry-run"))
+        found = re.findall(r"^plan: (\d+) ([a-z ]+?)(?: \(.*\))? to make, (\d+) made before", done.err, re.MULTILINE)
+        kinds = dict.fromkeys(kind for _, kind, _ in found)
+        return {
+            kind: (sum(int(a) for a, k, _ in found if k == kind), sum(int(b) for _, k, b in found if k == kind)) for kind in kinds
+        }
+
+    scores = 3 * 7 + 2 * 7 + 5 * 7 + 2 * 2
+    nothing = {"soft prompts": (0, 7), "subspaces": (0, 5), "intrinsic vectors": (0, 35), "scores": (0, scores)}
+    assert plans() == nothing
+    for score in list(tmp_path.glob("cache/*/scores/*"))[:5]:
+        score.unlink()
+    assert plans() == nothing | {"scores": (5, scores - 5)}
+    for vector in list(tmp_path.glob("cache/*/intrinsic-vectors/*"))[:3]:
+        vector.unlink()
+    assert plans() == nothing | {"scores": (5, scores - 5), "intrinsic vectors": (3, 32)}
+    next(tmp_path.glob("cache/*/subspaces/4-*")).unlink()
+    assert plans()["subspaces"] == (1, 4)
+
+
+def test_running_again_does_nothing_and_prints_the_same_table(whole_run: tuple[Path, list[object], Result]) -> None:
+    cache, arguments, first = whole_run
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    second = assert_done(run_ipt(*arguments))
+    assert second.out == first.out
+    assert "done in" not in second.err
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[object], Result], cli: Cli, tmp_path: Path) -> None:
+    short = [*SHORT, "--slots", 3]
+    assert_done(cli("collect", *short))
+    assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
+    commands: list[Any] = [DIMS, (*DIMS, "--space", "random"), ("--dim", 6, "--space", "low-rank")]
+    for more in commands:
+        assert_done(cli("tune", *short, "--seen", "--data-seed", 21, *more))
+        assert_done(cli("tune", *short, "--unseen", *more))
+    table = assert_done(cli("eval")).out
+    own, theirs = files_in(tmp_path / "cache"), files_in(whole_run[0])
+    assert own.keys() == theirs.keys()
+    assert_same_tensors(own, theirs)
+    assert table == whole_run[2].out
+
+
+def test_eval_after_run_prints_the_table_of_run(
+    whole_run: tuple[Path, list[object], Result], shared_options: list[object]
+) -> None:
+    before = files_in(whole_run[0])
+    assert assert_done(run_ipt("eval", *shared_options, "--cache", whole_run[0])).out == whole_run[2].out
+    assert files_in(whole_run[0]) == before
+
+
+def test_what_other_settings_left_in_the_cache_changes_no_result(
+    whole_run: tuple[Path, list[object], Result], shared_options: list[object], tmp_path: Path
+) -> None:
+    """A quick run, then the real one: the table must be that of the real one alone."""
+    cache, arguments, expected = whole_run
+    again = [tmp_path if argument == cache else argument for argument in arguments]
+    assert_done(run_ipt(*again, "--steps", 4))
+    assert assert_done(run_ipt(*again)).out == expected.out
+
+
+def test_a_quick_run_takes_some_of_the_tasks(cli: Cli, tmp_path: Path) -> None:
+    result = assert_done(cli("run", "--quick", *SHORT, "--dim", 4, "--subspace-steps", 5))
+    prompts = list((tmp_path / "cache").glob("*/soft-prompts/*"))
+    assert 2 <= len(prompts) < 7
+    assert "T_test(IST)" in result.out
+
+
+# --- Interruptions -------------------------------------------------------------------------------
+
+
+def assert_same_tensors(own: dict[str, bytes], theirs: dict[str, bytes]) -> None:
+    for name in own:
+        if name.endswith(".safetensors"):
+            a, b = safetensors.torch.load(own[name]), safetensors.torch.load(theirs[name])
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-4)
+
+
+def raise_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **named)
+
+    return counted
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    cache = tmp_path_factory.mktemp("uninterrupted")
+    assert_done(run_ipt("collect", *shared_options, *SHORT, "--slots", 3, "--cache", cache))
+    return files_in(cache)
+
+
+def undo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("call", [3, 8, 13])
+def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes], call: int
+) -> None:
+    """Steps 1 to 6 are those of the first three jobs, and so on."""
+    monkeypatch.setattr(torch.autograd, "grad", raise_at(call, torch.autograd.grad))
+    assert cli("collect", *SHORT, "--slots", 3).code != 0
+    undo(monkeypatch, tmp_path)
+    left = [path.suffix for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
+    # The last job had not taken a step.
+    assert (left.count(".safetensors"), left.count(".unfinished")) == {3: (0, 3), 8: (3, 3), 13: (6, 0)}[call]
+    assert not list((tmp_path / "cache").glob("*/claims"))
+    assert_done(cli("collect", *SHORT, "--slots", 3))
+    assert files_in(tmp_path / "cache") == uninterrupted
+
+
+@pytest.mark.parametrize("call", range(1, 10))
+def test_ctrl_c_while_validation_rows_are_scored_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes], call: int
+) -> None:
+    """Three jobs score three times: the third time ends them, and what comes between a step and its score must be done again."""
+    for name in ("ACC", "Classification-F1", "EM", "QA-F1"):
+        monkeypatch.setitem(METRICS, name, METRICS[name])
+    counted = raise_at(call, lambda score: score)
+    for name, metric in list(METRICS.items()):
+        monkeypatch.setitem(METRICS, name, lambda p, r, metric=metric: counted(metric(p, r)))
+    assert cli("collect", *SHORT, "--slots", 3).code != 0
+    undo(monkeypatch, tmp_path)
+    assert not list((tmp_path / "cache").glob("*/soft-prompts/*.safetensors"))
+    assert_done(cli("collect", *SHORT, "--slots", 3))
+    for path in (tmp_path / "cache").glob("*/soft-prompts/*"):
+        assert read_file(path)[1]["steps"] == 6, "a job goes on beyond its last step"
+    assert sorted(map(len, files_in(tmp_path / "cache").values())) == sorted(map(len, uninterrupted.values()))
+    assert prompts_of(files_in(tmp_path / "cache")) == prompts_of(uninterrupted)
+
+
+def prompts_of(files: dict[str, bytes]) -> set[bytes]:
+    prompts = [safetensors.torch.load(content)["soft_prompt"] for name, content in files.items() if "soft-prompts" in name]
+    return {prompt.numpy().tobytes() for prompt in prompts}
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_ctrl_c_while_a_file_is_written_loses_no_other_file_and_leaves_no_half_of_one(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes], call: int
+) -> None:
+    assert_done(cli("collect", *SHORT, "--dry-run"))  # the rows are drawn and kept
+    monkeypatch.setattr(os, "fsync", raise_at(call, os.fsync))
+    assert cli("collect", *SHORT, "--slots", 3).code != 0
+    undo(monkeypatch, tmp_path)
+    prompts = list((tmp_path / "cache").glob("*/soft-prompts/*.safetensors"))
+    assert len(prompts) == call - 1
+    for path in prompts:
+        read_file(path)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.startswith(".")]
+    assert_done(cli("collect", *SHORT, "--slots", 3))
+    left = files_in(tmp_path / "cache")
+    assert left.keys() == uninterrupted.keys()
+    assert_same_tensors(left, uninterrupted)
+
+
+def interrupted_collection(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int = 5) -> list[Path]:
+    """Interrupt a collection in a step, and return the states that it leaves."""
+    monkeypatch.setattr(torch.autograd, "grad", raise_at(call, torch.autograd.grad))
+    assert cli("collect", *SHORT, "--slots", 3).code != 0
+    undo(monkeypatch, tmp_path)
+    states = sorted((tmp_path / "cache").glob("*/soft-prompts/*.unfinished"))
+    assert len(states) == 3
+    return states
+
+
+def test_another_command_between_interruption_and_resumption_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    before = {path: path.read_bytes() for path in interrupted_collection(cli, tmp_path, monkeypatch)}
+    assert_done(cli("collect", *SHORT, "--slots", 3, "--task", "even-or-good", "--data-seed", 13))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_state_costs_only_itself(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    damaged, *others = interrupted_collection(cli, tmp_path, monkeypatch)
+    damaged.write_bytes(b"half")
+    assert [float(read_file(path)[2]["step"]) for path in others] == [4, 4]
+    steps = counted_steps(monkeypatch)
+    assert_done(cli("collect", *SHORT, "--slots", 3))
+    undo(monkeypatch, tmp_path)
+    # The others end in 2 steps, and their slots go to the next two, which end in 6, and so on to the seventh.
+    assert len(steps) == 2 + 6 + 6
+    assert files_in(tmp_path / "cache").keys() == uninterrupted.keys()
+    assert_same_tensors(files_in(tmp_path / "cache"), uninterrupted)
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with every step of all slots."""
+    steps: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *arguments, **named: (steps.append(1), grad(*arguments, **named))[1])
+    return steps
+
+
+def test_a_resumed_run_goes_on_at_the_newest_state(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
+) -> None:
+    interrupted_collection(cli, tmp_path, monkeypatch, call=3)
+    states = interrupted_collection(cli, tmp_path, monkeypatch, call=4)
+    assert [float(read_file(path)[2]["step"]) for path in states] == [5, 5, 5]
+    steps = counted_steps(monkeypatch)
+    assert_done(cli("collect", *SHORT, "--slots", 3))
+    undo(monkeypatch, tmp_path)
+    assert len(steps) == 1 + 6 + 6
+    assert files_in(tmp_path / "cache") == uninterrupted
+
+
+def test_an_interrupted_subspace_goes_on_where_it_was(
+    finished: tuple[Path, Cli], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "cache")
+    fit = ("fit-subspace", "--dim", 5, "--dim", 3, "--subspace-steps", 4)
+    assert_done(cli(*fit))
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/subspaces/[53]-*")}
+    for path in (tmp_path / "cache").glob("*/subspaces/[53]-*"):
+        path.unlink()
+    step = torch.optim.Adafactor.step
+    monkeypatch.setattr(torch.optim.Adafactor, "step", raise_at(2 * 202 + 2, step))  # two optimisers, 200 steps before the others
+    assert cli(*fit).code != 0
+    undo(monkeypatch, tmp_path)
+    assert len(list((tmp_path / "cache").glob("*/subspaces/[53]-*.unfinished"))) in (0, 2), "nothing of half an update"
+    assert_done(cli(*fit))
+    again = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/subspaces/[53]-*")}
+    assert again.keys() == whole.keys()
+    assert_same_tensors(again, whole)
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+def test_two_collections_on_one_cache_at_once_give_every_file_once(
+    shared_options: list[object], tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    arguments = ["collect", *shared_options, *SHORT, "--slots", 3, "--cache", tmp_path / "cache", "--processes", 1]
+    command, environment = [sys.executable, ipt.__file__, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+    left = files_in(tmp_path / "cache")
+    assert left.keys() == uninterrupted.keys()
+    assert_same_tensors(left, uninterrupted)
+    assert not list((tmp_path / "cache").glob("*/claims"))
+
+
+# --- Tasks ---------------------------------------------------------------------------------------
+
+
+def test_tasks_lists_every_task_with_kind_metric_role_and_a_short_source(cli: Cli) -> None:
+    lines = assert_done(cli("tasks")).out.splitlines()
+    assert lines[0].split() == ["task", "kind", "metric", "role", "source"]
+    rows = {line.split()[0]: line.split()[1:4] for line in lines[1:]}
+    assert len(rows) == 7
+    assert rows["animal-class"] == ["classification", "Classification-F1", "seen"]
+    assert rows["day-then-count"] == ["transformation", "EM", "unseen"]
+    assert max(map(len, lines)) < 200
+    assert re.search(r"day-then-count .*day next then count next", "\n".join(lines))
+
+
+def test_tasks_shows_the_rows_of_a_task(cli: Cli) -> None:
+    text = assert_done(cli("tasks", "animal-class", "--show")).out
+    assert re.search(r"train: 12 rows, 0 truncated", text)
+    assert re.search(r"the \w+ (fox|cow) sees .* -> .*beast", text)
+
+
+# --- Help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_says_what_the_command_does_and_shows_an_example_that_parses(command: str) -> None:
+    text = run_ipt(command, "--help").out
+    (example,) = re.findall(r"Example: ipt (.+)", text)
+    assert example.split()[0] == command
+    for option in re.findall(r"--[\w-]+", example):
+        assert option in text.replace(example, "")
+    assert "--backbone" in text and "--cache" in text
+    assert len(re.findall(r"--[\w-]+", text)) > 10
+
+
+def test_the_help_tells_the_defaults_on_the_testbed_and_elsewhere() -> None:
+    help_of = {command: re.sub(r"[\s│]+", " ", run_ipt(command, "--help").out) for command in ("collect", "fit-subspace", "run")}
+    defaults = {f.name: f.default for kind in (Options, TuneConfig, SubspaceConfig) for f in fields(kind)}
+    for name in ("prompt_length", "test_rows", "steps", "batch_size", "evaluations"):
+        assert f"default: ({TESTBED_SETTINGS[name]} on the testbed, else {defaults[name]})" in help_of["collect"], name
+    subspace_steps = f"({TESTBED_SETTINGS['subspace_steps']} on the testbed, else {defaults['subspace_steps']})"
+    assert f"default: {subspace_steps}" in help_of["fit-subspace"] and f"default: {subspace_steps}" in help_of["run"]
+    assert "default: (0.3 on the testbed, else 0.1)" in help_of["collect"]
+    assert "default: ($IPT_CACHE or the user's)" in help_of["collect"]
+    assert "default: (250)" in help_of["fit-subspace"] and "default: (250 and 10)" in help_of["run"]
+
+
+def test_the_help_lists_all_commands() -> None:
+    text = run_ipt("--help").out
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", text)
+    assert run_ipt("--help").code == 0
+
+
+def test_the_version_is_told_with_those_of_what_it_stands_on() -> None:
+    done = assert_done(run_ipt("--version"))
+    assert re.fullmatch(r"ipt \d\S*, torch \d\S*, transformers \d\S*, datasets \d\S*, safetensors \d\S*\n", done.out)
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",)])
+def test_help_answers_quickly_because_nothing_heavy_is_imported(arguments: tuple[str, ...]) -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'safetensors'}"
+    program = f"import sys, ipt\ntry: ipt.main()\nfinally: print(sorted({heavy} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(Path(ipt.__file__).parent)}
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        command = [sys.executable, "-c", program, *arguments, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=60)
+        seconds.append(time.perf_counter() - begin)
+        assert done.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < PACE
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_an_unknown_task_is_named_with_the_nearest_names(cli: Cli, cache_folder: Path) -> None:
+    for command in ("collect", "tune", "tasks"):
+        argument = ("mood-god",) if command == "tasks" else ("--task", "mood-god")
+        assert_one_error(cli(command, *argument), "'mood-god'", "did you mean 'mood-good'")
+    assert not cache_folder.exists()
+
+
+def test_an_unknown_split_is_named_with_the_nearest_names(cli: Cli, cache_folder: Path) -> None:
+    for command in ("collect", "fit-subspace", "eval", "run", "tasks"):
+        assert_one_error(cli(command, "--split", "tinny"), "'tinny'; did you mean 'tiny'")
+    assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (None, None, r"there is no file .*own\.yaml.*--tasks-file"),
+        ("tasks:", "tasks: ]", r"own\.yaml is not readable as YAML.*line"),
+        ("  animal-class:", "  mood-good:", r"own\.yaml: 'mood-good' stands twice.*line \d+"),
+        ("question: mood good", "question: no", r"own\.yaml: task mood-good: field 'question' must be text, not false"),
+        ("  animal-class:", "  no:", r"own\.yaml: 'False' cannot be a task's name.*quote"),
+    ],
+)
+def test_a_missing_or_broken_tasks_file_is_refused(
+    cli: Cli, tmp_path: Path, cache_folder: Path, old: str | None, new: str, message: str
+) -> None:
+    file = tmp_path / "own.yaml"
+    if old:
+        file.write_text(TASKS_FILE.replace(old, new, 1), encoding="utf-8")
+    assert_one_error(cli("collect", "--tasks-file", file), message)
+    assert not cache_folder.exists()
+
+
+def test_a_backbone_that_is_not_there_is_refused(cli: Cli, cache_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "nowhere", tmp_path / "empty", "nobody/nothing-of-this-name", "not a name at all"):
+        assert_one_error(cli("collect", "--backbone", name), "cannot load the backbone", str(name), "Expected a Hub id")
+    assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "fit-subspace", "tune", "eval", "run"])
+def test_a_backbone_that_is_not_there_is_refused_before_any_data_set_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The split `random` is of tasks on the Hub."""
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **_: Any) -> None:
+        asked.append(arguments)
+        raise OSError("no data set may be asked for")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ("--backbone", tmp_path / "nowhere", "--device", "cpu", "--cache", tmp_path / "cache")
+    assert_one_error(run_ipt(command, *arguments), "cannot load the backbone", "nowhere")
+    assert not asked
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_prompt_too_long_for_the_backbone_is_refused(cli: Cli, cache_folder: Path, bart_folder: Path) -> None:
+    result = cli("collect", "--backbone", bart_folder, "--prompt-length", 29, *SHORT)
+    assert_one_error(result, "29 tokens leaves no room", "--prompt-length")
+    assert not cache_folder.exists()
+
+
+def test_too_few_rows_are_named_with_the_task_and_what_there_is(cli: Cli, cache_folder: Path) -> None:
+    result = cli("collect", "--task", "mood-good", "--shots", 800)
+    assert_one_error(result, "'mood good'", "too few rows")
+    assert not list(cache_folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["fit-subspace", "tune"])
+def test_a_stage_before_its_turn_says_which_command_comes_first(cli: Cli, cache_folder: Path, command: str) -> None:
+    assert_one_error(cli(command, "--dim", 4), "no soft prompt", "run 'ipt collect'")
+    assert not cache_folder.exists()
+
+
+def test_eval_of_an_empty_cache_says_which_command_comes_first(cli: Cli, cache_folder: Path) -> None:
+    assert_one_error(cli("eval"), "no soft prompt", "run 'ipt collect'")
+    assert not cache_folder.exists()
+
+
+def test_tuning_before_the_subspace_is_found_says_so(finished: tuple[Path, Cli]) -> None:
+    before = files_in(finished[0])
+    assert_one_error(finished[1]("tune", "--dim", 5, "--unseen"), "0 subspaces of dim 5", "run 'ipt fit-subspace --dim 5'")
+    assert files_in(finished[0]) == before
+
+
+def test_a_missing_prompt_of_a_seen_task_is_named_and_never_filled_in(cli: Cli, cache_folder: Path) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "mood-good", "--task", "count-next"))
+    assert_one_error(cli("fit-subspace", "--dim", 2), "3 seen tasks", "animal-class")
+    assert not list(cache_folder.glob("*/subspaces/*"))
+
+
+SPACES: Any = [("fit-subspace",), *(("tune", "--space", space) for space in ("subspace", "random", "linear", "low-rank"))]
+
+
+@pytest.mark.parametrize("arguments", SPACES)
+def test_a_dim_larger_than_the_prompt_is_refused(finished: tuple[Path, Cli], arguments: tuple[str, ...]) -> None:
+    before = files_in(finished[0])
+    assert_one_error(finished[1](*arguments, "--dim", 49), "49", "smaller --dim")
+    assert files_in(finished[0]) == before
+
+
+def test_run_refuses_a_dim_larger_than_the_prompt_before_it_tunes_anything(cli: Cli, cache_folder: Path) -> None:
+    assert_one_error(cli("run", *SHORT, "--dim", 49), "--dim 49")
+    assert not list(cache_folder.rglob("*.safetensors"))
+
+
+def test_both_losses_off_is_refused(finished: tuple[Path, Cli]) -> None:
+    result = finished[1]("fit-subspace", "--dim", 5, "--no-lm-loss", "--no-reconstruction-loss")
+    assert_one_error(result, "both losses are switched off")
+
+
+def test_a_loss_that_is_not_finite_names_task_step_and_learning_rate(cli: Cli, cache_folder: Path) -> None:
+    result = cli("collect", *SHORT, "--task", "count-next", "--learning-rate", "1e39")
+    assert_one_error(result, r"count-next .*learning rate 1e\+39", r"by step \d")
+    assert not list(cache_folder.rglob("*.safetensors"))
+    assert not list(cache_folder.glob("*/claims"))
+
+
+def test_a_file_made_with_another_backbone_is_left_out_by_name_and_stays(
+    cli: Cli, cache_folder: Path, bart_folder: Path, t5_folder: Path
+) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "count-next"))
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--backbone", bart_folder))
+    one, two = sorted(cache_folder.glob("*/soft-prompts/*"))
+    two.with_name("foreign-0123456789abcdef.safetensors").write_bytes(one.read_bytes())
+    (cache_folder / one.parts[-3] / "soft-prompts" / "count-next-0123456789abcdef.safetensors").write_bytes(two.read_bytes())
+    before = files_in(cache_folder)
+    backbone = {t5_folder.name: t5_folder, bart_folder.name: bart_folder}[one.parts[-3].rpartition("-")[0]]
+    result = cli("eval", "--backbone", backbone)
+    assert_one_error(result, "count-next-0123456789abcdef", "another backbone")
+    assert re.search(r"^seen tasks +1 ", result.out, re.MULTILINE), "the rest is shown"
+    assert {name: content for name, content in files_in(cache_folder).items() if name in before} == before
+
+
+def spoil(cache: Path, task: str, content: Callable[[bytes], bytes]) -> Path:
+    (path,) = cache.glob(f"*/soft-prompts/{task}-*.safetensors")
+    path.write_bytes(content(path.read_bytes()))
+    return path
+
+
+def version_1(content: bytes) -> bytes:
+    return safetensors.torch.save(safetensors.torch.load(content), {"ipt": '{"header": {"version": 1}, "record": {}}'})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(lambda whole: whole[:-5], "damaged .*: remove it"), (version_1, "has file version 1, expected 2: remove it")],
+)
+def test_a_file_that_cannot_be_used_is_named_and_eval_shows_the_rest(
+    cli: Cli, cache_folder: Path, content: Callable[[bytes], bytes], message: str
+) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "mood-good"))
+    path = spoil(cache_folder, "count-next", content)
+    before = path.read_bytes()
+    for _ in range(2):
+        result = cli("eval", "--per-task")
+        assert_one_error(result, rf"1 were left out: {re.escape(str(path))} .*{message}")
+        assert re.search(r"^seen tasks +1 ", result.out, re.MULTILINE)
+        assert "mood-good" in result.out and "count-next" not in result.out
+    assert path.read_bytes() == before
+
+
+def test_where_no_file_can_be_used_all_are_named(cli: Cli, cache_folder: Path) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "mood-good"))
+    paths = [spoil(cache_folder, "count-next", lambda whole: whole[:-5]), spoil(cache_folder, "mood-good", version_1)]
+    for command in ("eval", "fit-subspace", "tune"):
+        result = cli(command, *(("--dim", 3) if command != "eval" else ()))
+        assert_one_error(result, "no soft prompt", *(re.escape(str(path)) for path in paths))
+
+
+def test_no_prompt_is_scored_anew_at_another_prompt_length_and_at_another_maximal_length(cli: Cli, cache_folder: Path) -> None:
+    changes: list[Any] = [(), ("--prompt-length", 4), ("--max-length", 12)]
+    for change in changes:
+        assert_done(cli("collect", *SHORT, "--task", "count-next", *change))
+        assert_done(cli("eval", *change))
+    headers = [read_header(path) for path in cache_folder.glob("*/scores/*")]
+    without = [(header["prompt_length"], header["max_length"]) for header in headers if header["stage"] == "no prompt"]
+    assert sorted(without) == [(3, 12), (3, 512), (4, 512)]
+
+
+def test_a_metric_that_the_tasks_file_no_longer_names_gives_no_score(cli: Cli, tmp_path: Path) -> None:
+    """A score is of a metric: after the metric of a task was changed, the old figure must not stand under the new name."""
+    file = tmp_path / "own.yaml"
+    file.write_text(TASKS_FILE, encoding="utf-8")
+    options = ("--tasks-file", file, "--test-rows", 40)
+    assert_done(cli("collect", *options, *SHORT, "--task", "animal-class"))
+    first = report_of(cli, *options, "--per-task")["scores"]
+    file.write_text(TASKS_FILE.replace("metric: Classification-F1", "metric: ACC"), encoding="utf-8")
+    assert_done(cli("collect", *options, *SHORT, "--task", "animal-class"))
+    second = report_of(cli, *options, "--per-task")["scores"]
+    for quantity in ("one answer for all", "no prompt"):
+        before, after = ({s["quantity"]: s["value"] for s in scores}[quantity] for scores in (first, second))
+        assert before != after
+    assert {s["candidates"] for s in second} == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "toaster"), "toaster"),
+        (("--learning-rate", "nan"), "--learning-rate"),
+        (("--learning-rate", "-0.1"), "--learning-rate"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused(cli: Cli, cache_folder: Path, arguments: Any, message: str) -> None:
+    assert_one_error(cli("tune", *arguments), message)
+    assert not cache_folder.exists()
+
+
+WRONG: Any = [
+    ("--decoding", "beam"), ("--precision", "fp8"), ("--space", "flat"), ("--start", "here"), ("--shots", 0), ("--data-seed", -1),
+    ("--seed", -1), ("--slots", 0), ("--test-rows", 0), ("--steps", 0), ("--no-such-option",), ("--dim", "many"), ("--dim", 0),
+    ("--prompt-length", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_use_ends_with_code_2_and_names_the_option(cli: Cli, cache_folder: Path, arguments: Any) -> None:
+    result = cli("tune", *arguments)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert arguments[0] in result.err.partition("Error")[2]
+    assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "tune", "run", "tasks"])
+def test_a_data_seed_below_0_is_a_wrong_use(cli: Cli, cache_folder: Path, command: str) -> None:
+    assert cli(command, "--data-seed", -1).code == 2
+    assert not cache_folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = cli("collect", *SHORT, "--task", "count-next", "--cache", tmp_path / "file")
+    assert_one_error(result, "cannot write", "--cache")
+
+
+@pytest.fixture
+def impossible(tmp_path: Path) -> tuple[str, Path]:
+    """Return options for a tasks file in which nobody can draw the rows of the seen task animal-class."""
+    file = tmp_path / "own.yaml"
+    file.write_text(TASKS_FILE.replace("question: animal class,", "question: mood good and mood bad,"), encoding="utf-8")
+    return "--tasks-file", file
+
+
+def test_tasks_whose_rows_cannot_be_had_are_told_before_any_work_and_the_others_done_when_asked(
+    cli: Cli, cache_folder: Path, impossible: tuple[str, Path]
+) -> None:
+    cannot = ("1 tasks cannot be had, leave them out with --skip-missing", "mood good and mood bad")
+    for command in ("collect", "run"):
+        assert_one_error(cli(command, *impossible, *SHORT, *(DIMS if command == "run" else ())), *cannot)
+    assert not list(cache_folder.rglob("*.safetensors"))
+    result = cli("collect", *impossible, *SHORT, "--skip-missing")
+    assert_one_error(result, "1 were left out", "mood good and mood bad")
+    assert result.err.count("left out: ") == 2
+    assert len(list(cache_folder.glob("*/soft-prompts/*"))) == 6
+
+
+def test_fitting_with_a_task_whose_rows_cannot_be_had_is_refused_and_done_without_it_when_asked(
+    cli: Cli, cache_folder: Path, impossible: tuple[str, Path]
+) -> None:
+    assert_done(cli("collect", *SHORT))
+    fit = ("fit-subspace", *impossible, "--dim", 3, "--subspace-steps", 2)
+    assert_one_error(cli(*fit), "1 tasks cannot be had, leave them out with --skip-missing", "mood good and mood bad")
+    assert not list(cache_folder.glob("*/subspaces/*"))
+    result = cli(*fit, "--skip-missing")
+    assert_one_error(result, "1 were left out: .*mood good and mood bad")
+    (path,) = cache_folder.glob("*/subspaces/*")
+    assert sorted(read_header(path)["prompts"]) == ["count-next", "mood-good", "mood-opposite-choice", "thing-plural"]
+    result = cli("eval", *impossible, "--skip-missing")
+    assert_one_error(result, "1 were left out: .*mood good and mood bad")
+    assert re.search(r"^T_train\(MSF\) +subspace +3 +3 ", result.out, re.MULTILINE)
+
+
+def test_a_whole_run_does_without_tasks_that_cannot_be_had_when_asked(cli: Cli, impossible: tuple[str, Path]) -> None:
+    result = cli("run", *impossible, *SHORT, "--dim", 3, "--subspace-steps", 2, "--skip-missing")
+    assert_one_error(result, "1 were left out: .*mood good and mood bad")
+    assert re.search(r"^seen tasks +4 ", result.out, re.MULTILINE)
+
+
+def test_a_dry_run_of_one_task_asks_for_no_others(cli: Cli, impossible: tuple[str, Path]) -> None:
+    assert_done(cli("collect", *impossible, *SHORT, "--task", "mood-good", "--dry-run"))
+
+
+def test_the_dimensions_needed_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    needed = {"subspace": {"T_test(IST)": 7.25}, "random": {"T_test(IST)": None}}
+    report = {"backbone": "b", "split": "s", "prompt_tuning": {}, "rows": [], "dimensions_needed": needed, "subspaces": {}}
+    ipt.print_report(report | {"no_better_than_no_prompt": []}, False, per_task=False, wide=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["subspace", "T_test(IST)", "7.2"] in lines and ["random", "T_test(IST)", "more"] in lines

@@ -1,0 +1,754 @@
+"""The stages as descriptions of results, and what the cache holds of them. Soft prompts are made up here, not tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASKS_FILE
+from torch import Tensor
+
+from intrinsic_prompt_tuning.context import Options, Rates
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.experiment import Experiment, differences
+from intrinsic_prompt_tuning.finding import SubspaceConfig
+from intrinsic_prompt_tuning.makers import start_of
+from intrinsic_prompt_tuning.metrics import METRICS
+from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.results import Choice, Cost, Made, Reporter, Result
+from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS
+from intrinsic_prompt_tuning.spaces import linear_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.tasks import load_tasks
+from intrinsic_prompt_tuning.tuning import TuneConfig
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
+
+
+Build = Callable[..., Experiment]
+
+
+@pytest.fixture
+def build(t5_folder: Path, tasks_file: Path, tmp_path: Path) -> Build:
+    """Return a way to make an experiment on the tiny T5 and the small world, with some settings changed."""
+
+    def build(**changes: Any) -> Experiment:
+        given = {
+            "backbone": str(t5_folder), "tasks_file": tasks_file, "split": "tiny", "prompt_length": 3, "shots": 4, "test_rows": 10,
+            "cache": tmp_path, "device": "cpu",
+        }  # fmt: skip
+        return Experiment.of(given | changes, Listener())
+
+    return build
+
+
+@pytest.fixture
+def x(build: Build) -> Experiment:
+    return build()
+
+
+def told(x: Experiment) -> list[str]:
+    assert isinstance(x.report, Listener)
+    return x.report.sentences
+
+
+def made_up(x: Experiment, rank: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """Return a soft prompt for each seen task, whose differences to the initial one lie near a space of few dimensions."""
+    g, tasks, initial = torch.Generator().manual_seed(seed), x.named("seen"), x.prompt_space.initial_prompt
+    mixed = torch.randn(len(tasks), rank, generator=g) @ torch.randn(rank, initial.numel(), generator=g)
+    noise = 0.1 * torch.randn(len(tasks), initial.numel(), generator=g)
+    return dict(zip(tasks, initial + 3 * (mixed + noise).unflatten(1, initial.shape), strict=True))
+
+
+def save(x: Experiment, results: Iterable[Result], tensors: dict[str, Tensor], validation: float = 0.5) -> None:
+    for result in results:
+        x.store.save(Made(result, {"validation": validation, "validation_loss": 1.0}, tensors))
+
+
+def save_prompts(x: Experiment, tasks: Iterable[str] = ()) -> dict[str, Choice]:
+    """Save made-up prompts of seen tasks, all or some, and return their descriptions."""
+    prompts, wanted = made_up(x), list(tasks) or x.named("seen")
+    choices = x.soft_prompts(wanted)
+    for task, choice in choices.items():
+        save(x, choice, {"soft_prompt": prompts[task]})
+    return choices
+
+
+def save_subspace(x: Experiment, prompts: dict[str, Choice], dim: int = 6) -> Result:
+    subspace = x.subspace("subspace", dim, prompts)
+    space = untrained_space(x.prompt_space.initial_prompt, unit=2.5, dim=dim, inner=13, seed=1)
+    x.store.save(Made(subspace, {"unit": space.unit}, space.weights))
+    return subspace
+
+
+# --- Settings ------------------------------------------------------------------------------------
+
+
+def test_a_split_names_its_seen_and_unseen_tasks(x: Experiment, build: Build) -> None:
+    assert x.named("seen") == list(x.tasks)[:5]
+    assert x.named("unseen") == ["even-or-good", "day-then-count"]
+    assert x.named("seen", "unseen") == list(x.roles) == list(x.tasks)
+    with pytest.raises(IptError, match="'tinny'; did you mean 'tiny'"):
+        build(split="tinny")
+
+
+def test_a_restricted_split_has_only_the_tasks_that_were_asked_for(x: Experiment) -> None:
+    x.restrict(["count-next", "even-or-good"])
+    assert (x.named("seen"), x.named("unseen")) == (["count-next"], ["even-or-good"])
+
+
+def test_settings_are_what_was_given_else_the_testbed_s_else_the_fields(tmp_path: Path) -> None:
+    def settings(**given: Any) -> dict[str, Any]:
+        made = Experiment.of({"cache": tmp_path, **given})
+        groups = (made.options, made.tuning, made.fitting, made.rates)
+        return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+
+    fields = [dataclasses.asdict(kind()) for kind in (Options, TuneConfig, SubspaceConfig, Rates)]
+    defaults = {name: value for group in fields for name, value in group.items()}
+    assert settings(steps=None) == defaults | TESTBED_SETTINGS | {"cache": tmp_path}
+    assert settings(backbone="testbed") == settings()
+    assert settings(steps=7, lm_loss=False)["steps"] == 7
+    assert settings(steps=7, lm_loss=False) == settings() | {"steps": 7, "lm_loss": False}
+    elsewhere = settings(backbone="google/t5-base-lm-adapt")
+    assert elsewhere == defaults | {"cache": tmp_path, "backbone": "google/t5-base-lm-adapt"}
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["learning_rate", "vector_learning_rate"])
+def test_a_learning_rate_is_a_number_above_0(rate: float, field: str) -> None:
+    with pytest.raises(IptError, match="--learning-rate is .*, expected a number above 0"):
+        Rates(**{field: [0.1, rate]})
+
+
+def test_what_fits_into_memory_is_remembered_for_the_next_command(x: Experiment, build: Build) -> None:
+    x.remember_budgets()
+    assert not list(x.store.folder.glob("budgets/*"))
+    x.backbone.budget.tokens, x.backbone.budget.most, x.backbone.answer_budget.tokens = 123, 456, 789
+    x.remember_budgets()
+    again = build()
+    assert again.store.folder == x.store.folder
+    assert (again.backbone.budget, again.backbone.answer_budget) == (Budget(123, 456), Budget(789))
+
+
+@pytest.mark.parametrize("content", ["", "null", "[[1, 2]]", '[["a", 1], [2, 3]]', "[[1], [2]]"])
+def test_budgets_that_cannot_be_read_are_found_out_again(x: Experiment, build: Build, content: str) -> None:
+    x.backbone.budget.tokens = 123
+    x.remember_budgets()
+    (file,) = x.store.folder.glob("budgets/*")
+    file.write_text(content)
+    again = build()
+    assert again.store.folder == x.store.folder
+
+
+# --- Descriptions --------------------------------------------------------------------------------
+
+
+def prompt_name(x: Experiment, task: str = "mood-good", seed: int = 100) -> str:
+    ((result,),) = x.soft_prompts([task], seed).values()
+    return result.name
+
+
+def test_a_soft_prompt_s_name_changes_with_all_that_it_depends_on(x: Experiment, build: Build) -> None:
+    tunings = [{"steps": 13}, {"batch_size": 5}, {"learning_rate": [0.2]}, {"evaluations": 4}, {"patience": 2}]
+    options = [
+        {"prompt_length": 4},
+        {"shots": 5},
+        {"decoding": "generate"},
+        {"max_length": 30},
+        {"seed": 1},
+        {"precision": "bf16"},
+    ]
+    names = [prompt_name(x), prompt_name(x, task="animal-class"), prompt_name(x, seed=21)]
+    names += [prompt_name(build(**change)) for change in [*tunings, *options]]
+    assert len(set(names)) == len(names) == 14
+
+
+def test_a_soft_prompt_s_name_changes_with_every_field_of_its_configuration(x: Experiment) -> None:
+    names = [prompt_name(x)]
+    for field in dataclasses.fields(TuneConfig):
+        config = dataclasses.replace(TuneConfig(), **{field.name: getattr(TuneConfig(), field.name) * 2})
+        names.append(prompt_name(Experiment(x.options, config)))
+    assert len(set(names)) == len(names)
+
+
+def test_a_soft_prompt_s_name_changes_with_its_task_s_metric_and_rows(x: Experiment, build: Build, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    names = [prompt_name(x, "animal-class")]
+    for old, new in (("metric: Classification-F1", "metric: ACC"), ("cod fish, eel fish", "cod fish, eel bird")):
+        assert old in TASKS_FILE
+        other.write_text(TASKS_FILE.replace(old, new), encoding="utf-8")
+        names.append(prompt_name(build(tasks_file=other), "animal-class"))
+    assert len(set(names)) == 3
+
+
+def test_a_result_s_name_does_not_change_with_what_changes_nothing(x: Experiment, build: Build) -> None:
+    others = [{"test_rows": 7}, {"slots": 3}, {"compiled": False}, {"skip_missing": True}, {"lm_loss": False}]
+    assert {prompt_name(build(**change)) for change in others} == {prompt_name(x)}
+
+
+def test_a_grid_of_learning_rates_is_a_choice(build: Build) -> None:
+    x = build(learning_rate=[0.1, 0.3])
+    choices = x.soft_prompts(["mood-good", "count-next"])
+    found = {task: [result.header["learning_rate"] for result in choice] for task, choice in choices.items()}
+    assert found == {"mood-good": [0.1, 0.3], "count-next": [0.1, 0.3]}
+    one, two = (result.header for result in choices["mood-good"])
+    assert {name for name in one if one[name] != two[name]} == {"learning_rate"}
+
+
+def test_a_rate_is_needed_only_where_no_rate_before_it_solved_the_task(build: Build) -> None:
+    x = build(learning_rate=[0.1, 0.3, 0.5])
+    ((first, second, third),) = x.soft_prompts(["mood-good"]).values()
+    assert x.store.missing([first, second, third]) == [first, second, third]
+    save(x, [first], {"soft_prompt": made_up(x)["mood-good"]}, validation=0.9)
+    assert x.store.missing([first, second, third]) == [second, third]
+    save(x, [second], {"soft_prompt": made_up(x)["mood-good"]}, validation=1.0)
+    assert x.store.missing([first, second, third]) == []
+    assert x.store.best((first, second, third))[0] is second
+
+
+def test_a_subspace_of_prompts_of_which_some_rates_were_not_needed_is_found_again(build: Build) -> None:
+    """As `ipt run --learning-rate 0.1 --learning-rate 0.3` leaves it."""
+    x = build(learning_rate=[0.1, 0.3])
+    prompts = x.soft_prompts(x.named("seen"))
+    for task, choice in prompts.items():
+        solved = task == "mood-good"
+        save(x, choice[:1] if solved else choice, {"soft_prompt": made_up(x)[task]}, validation=1.0 if solved else 0.5)
+    assert x.store.missing([result for choice in prompts.values() for result in choice]) == []
+    subspace = save_subspace(x, prompts)
+    other = build()
+    assert [found.name for found in other.found_subspaces()] == [subspace.name], told(other)
+
+
+def test_a_subspace_s_name_changes_with_its_kind_dim_configuration_and_prompts(x: Experiment, build: Build) -> None:
+    prompts = x.soft_prompts(x.named("seen"))
+    some = {task: choice for task, choice in prompts.items() if task != "count-next"}
+    names = [x.subspace("subspace", 6, prompts).name, x.subspace("subspace", 5, prompts).name]
+    names += [x.subspace(kind, 6, prompts).name for kind in ("linear", "random", "random-unscaled", "low-rank")]
+    names += [x.subspace("subspace", 6, some).name]
+    more = build(learning_rate=[0.1, 0.2])
+    names += [more.subspace("subspace", 6, more.soft_prompts(x.named("seen"))).name]
+    for field in dataclasses.fields(SubspaceConfig):
+        value = getattr(SubspaceConfig(), field.name)
+        config = SubspaceConfig(**{field.name: not value if isinstance(value, bool) else value + 1})
+        names.append(Experiment(x.options, None, config).subspace("subspace", 6, prompts).name)
+    assert len(set(names)) == len(names) == 8 + 11
+
+
+def test_a_space_that_needs_no_learning_does_not_change_with_how_others_learn(x: Experiment, build: Build) -> None:
+    """`ipt run --subspace-steps 500` and `ipt tune --space random` mean one space."""
+    prompts = x.soft_prompts(x.named("seen"))
+    for kind in ("linear", "random", "random-unscaled"):
+        others = [build(subspace_steps=500), build(alpha=1.0), build(noise=0.0)]
+        assert {other.subspace(kind, 4, prompts).name for other in others} == {x.subspace(kind, 4, prompts).name}
+
+
+def test_a_dim_larger_than_the_prompt_is_no_subspace(x: Experiment) -> None:
+    with pytest.raises(IptError, match="--dim 49 is larger than the prompt itself, 48 numbers"):
+        x.subspace("subspace", 49, x.soft_prompts(x.named("seen")))
+
+
+def test_an_intrinsic_vector_s_name_changes_with_all_that_it_depends_on(x: Experiment, build: Build) -> None:
+    prompts = x.soft_prompts(x.named("seen"))
+    one, two = x.subspace("subspace", 6, prompts), x.subspace("random", 6, prompts)
+
+    def name(by: Experiment, task: str = "mood-good", seed: int = 100, subspace: Result = one, start: Any = "random") -> str:
+        ((result,),) = by.intrinsic_vectors([task], seed, subspace, start).values()
+        assert result.inputs == ((subspace,),)
+        return result.name
+
+    names = [name(x), name(x, "count-next"), name(x, seed=21), name(x, subspace=two), name(x, start="seen")]
+    names += [name(build(**change)) for change in ({"steps": 13}, {"vector_learning_rate": [0.2]}, {"seed": 1}, {"shots": 5})]
+    assert len(set(names)) == len(names)
+    assert name(build(learning_rate=[0.7])) == name(x)
+
+
+def score_of(x: Experiment, stage: str, task: str = "mood-good") -> Result:
+    (score,) = [score for score in x.scores(x.soft_prompts([task]), [], []) if score.header["stage"] == stage]
+    return score
+
+
+def test_a_score_without_a_prompt_is_another_at_each_prompt_length_and_maximal_length(x: Experiment, build: Build) -> None:
+    """The prompt and the maximal length decide where inputs are cut."""
+    others = [build(prompt_length=4), build(max_length=30), build(test_rows=9), build(decoding="generate")]
+    assert len({score_of(other, "no prompt").name for other in [x, *others]}) == 5
+    assert score_of(build(steps=13), "no prompt").name == score_of(x, "no prompt").name
+
+
+def test_a_score_changes_with_its_metric_its_prompt_and_its_task(x: Experiment, build: Build, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(TASKS_FILE.replace("metric: Classification-F1", "metric: ACC"), encoding="utf-8")
+    for stage in ("no prompt", "one answer for all", "prompt tuning"):
+        scores = [
+            score_of(x, stage),
+            score_of(x, stage, "animal-class"),
+            score_of(build(tasks_file=other), stage, "animal-class"),
+        ]
+        assert len({score.name for score in scores}) == 3
+    assert score_of(x, "prompt tuning").name != score_of(build(steps=13), "prompt tuning").name
+    assert score_of(x, "one answer for all").name != score_of(build(shots=5), "one answer for all").name
+
+
+def test_every_prompt_vector_and_reconstruction_is_scored_once(x: Experiment) -> None:
+    prompts = x.soft_prompts(x.named("seen", "unseen"))
+    collection = {task: prompts[task] for task in x.named("seen")}
+    spaces = [x.subspace("subspace", 6, collection), x.subspace("random", 6, collection)]
+    vectors = [choice for s in spaces for choice in x.intrinsic_vectors(x.named("unseen"), 100, s).values()]
+    scores = x.scores(prompts, [*spaces, spaces[0]], vectors)
+    count = {stage: sum(score.header["stage"] == stage for score in scores) for stage in ("MSF", "IST", "mean", "nearest")}
+    assert count == {"MSF": 7, "IST": 4, "mean": 2, "nearest": 2}
+    assert len({score.name for score in scores}) == len(scores) == 3 * 7 + 7 + 4 + 2 * 2
+
+
+def test_another_prompt_than_the_subspace_s_own_is_no_reconstruction(x: Experiment, build: Build) -> None:
+    """T_train(MSF) is of the prompts that the subspace was made of, whatever else the cache holds of their tasks."""
+    own = x.soft_prompts(x.named("seen"))
+    later = build(learning_rate=[0.1, 0.5]).soft_prompts(x.named("seen", "unseen"))
+    subspace = x.subspace("subspace", 6, own)
+    scores = [score for score in x.scores(later, [subspace], []) if score.header["stage"] == "MSF"]
+    inputs = {score.header["task"]: len(score.inputs[0]) for score in scores}
+    assert inputs == dict.fromkeys(x.named("seen"), 1) | dict.fromkeys(x.named("unseen"), 2)
+
+
+# --- Costs ---------------------------------------------------------------------------------------
+
+
+def test_a_prompt_s_cost_counts_steps_validation_rows_tokens_and_numbers(build: Build) -> None:
+    def cost(**changes: Any) -> Cost:
+        x = build(**{"steps": 10, "batch_size": 2, "evaluations": 1} | changes)
+        ((result,),) = x.soft_prompts(["mood-good"]).values()
+        return result.cost
+
+    train = build().sample("mood-good", 100).train
+    length = 3 + sum(len(e.input) for e in train) / len(train) / 4
+    assert cost() == Cost(20, 8, pytest.approx(28 * length), 4 * 48)
+    assert cost(steps=20) == Cost(40, 8, pytest.approx(48 * length), 4 * 48)
+    assert cost(evaluations=2) == Cost(20, 16, pytest.approx(36 * length), 4 * 48)
+
+
+def test_a_vector_s_cost_has_the_dim_s_numbers(build: Build) -> None:
+    x = build(steps=10, batch_size=2, evaluations=1)
+    subspace = x.subspace("subspace", 6, x.soft_prompts(x.named("seen")))
+    ((vector,),) = x.intrinsic_vectors(["mood-good"], 100, subspace).values()
+    ((prompt,),) = x.soft_prompts(["mood-good"]).values()
+    assert vector.cost == dataclasses.replace(prompt.cost, size=4 * 6)
+
+
+def test_a_subspace_s_cost_counts_the_rows_of_the_tasks_loss_and_its_weights(build: Build) -> None:
+    def cost(kind: Any = "subspace", **changes: Any) -> Cost:
+        x = build(**{"subspace_steps": 7} | changes)
+        return x.subspace(kind, 6, x.soft_prompts(x.named("seen"))).cost
+
+    assert (cost().trained, cost().answered) == (7 * 5 * 4, 0)
+    assert 0 < cost().tokens / cost().trained < 30
+    weights = untrained_space(build().prompt_space.initial_prompt, unit=1, dim=6, inner=768, seed=0).weights.values()
+    assert cost().size == pytest.approx(4 * sum(weight.numel() for weight in weights), rel=0.05)
+    assert dataclasses.replace(cost(lm_loss=False), size=0) == dataclasses.replace(cost("random"), size=0) == Cost()
+
+
+def test_a_score_s_cost_counts_test_rows_and_one_answer_for_all_costs_nothing(x: Experiment) -> None:
+    for stage, rows in (("no prompt", 10), ("prompt tuning", 10), ("one answer for all", 0)):
+        cost = score_of(x, stage).cost
+        assert (cost.trained, cost.answered, cost.size) == (0, rows, 0)
+        assert bool(cost.tokens) == bool(rows)
+
+
+def test_a_plan_s_time_comes_from_steps_that_change_nothing(build: Build) -> None:
+    x = build(steps=5)
+    prompts = [result for choice in x.soft_prompts(x.roles).values() for result in choice]
+    assert all(0 < seconds < 5 for seconds in x._pace(prompts))
+    assert x._pace(prompts) == x._pace(prompts), "measured once"
+    x.make(prompts, dry_run=True)
+    assert told(x)[0].startswith("plan: 7 soft prompts to make, 0 made before; at most ")
+    assert not x.store.folder.exists()
+
+
+# --- Starts --------------------------------------------------------------------------------------
+
+
+def test_soft_prompts_start_at_the_initial_prompt(x: Experiment) -> None:
+    ((prompt,),) = x.soft_prompts(["mood-good"]).values()
+    assert torch.equal(start_of(x, prompt, x.prompt_space), torch.zeros(48))
+
+
+def test_intrinsic_vectors_start_by_the_paper_s_rule_or_like_the_seen_tasks_vectors(x: Experiment) -> None:
+    subspace = save_subspace(x, save_prompts(x), dim=20)
+    space = x.space(subspace)
+    seen = space.project(torch.stack(list(made_up(x).values())))
+
+    def starts(start: Any) -> Tensor:
+        choices = [choice for seed in range(40) for choice in x.intrinsic_vectors(x.tasks, seed, subspace, start).values()]
+        return torch.stack([start_of(x, choice[0], space) for choice in choices])
+
+    drawn = starts("random")
+    assert drawn.shape == (280, 20)
+    assert float(drawn.std()) == pytest.approx(0.02, rel=0.05)
+    assert len(drawn.unique(dim=0)) == 280
+    near = starts("seen")
+    torch.testing.assert_close(near.mean(0), seen.mean(0), rtol=0, atol=0.25 * float(seen.std(0).max()))
+    covariance = torch.cov(seen.T, correction=0)
+    assert float((torch.cov(near.T) - covariance).norm() / covariance.norm()) < 0.25
+
+
+def test_a_start_changes_with_task_and_seeds_and_not_with_learning_rate_space_or_configuration(
+    x: Experiment, build: Build
+) -> None:
+    prompts = save_prompts(x)
+
+    def start(by: Experiment, task: str = "mood-good", seed: int = 100, dim: int = 6) -> tuple[float, ...]:
+        subspace = by.subspace("random", dim, prompts)
+        (choice,) = by.intrinsic_vectors([task], seed, subspace).values()
+        space = untrained_space(by.prompt_space.initial_prompt, unit=2.5, dim=dim, inner=13, seed=1)
+        return tuple(start_of(by, choice[0], space).tolist())
+
+    assert start(build(vector_learning_rate=[0.5], steps=3)) == start(x) == start(x)
+    assert len({start(x), start(x, "count-next"), start(x, seed=21), start(build(seed=1))}) == 4
+    assert len(start(x, dim=4)) == 4
+
+
+def test_a_start_like_the_seen_tasks_is_the_same_in_a_subspace_that_was_described_and_in_one_that_was_found(
+    x: Experiment, build: Build
+) -> None:
+    """Headers keep no order of tasks, so a result may not depend on one."""
+    described = save_subspace(x, save_prompts(x))
+    again = build()
+    (found,) = again.found_subspaces()
+    assert found.name == described.name
+    starts = []
+    for by, subspace in ((x, described), (again, found)):
+        (choice,) = by.intrinsic_vectors(["day-then-count"], 100, subspace, "seen").values()
+        starts.append((choice[0].name, start_of(by, choice[0], by.space(subspace))))
+    assert starts[0][0] == starts[1][0]
+    torch.testing.assert_close(starts[0][1], starts[1][1])
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def impossible(folder: Path) -> Path:
+    """Return a tasks file in which nobody can draw the rows of animal-class."""
+    file = folder / "impossible.yaml"
+    file.write_text(TASKS_FILE.replace("question: animal class,", "question: mood good and mood bad,"), encoding="utf-8")
+    return file
+
+
+def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out(build: Build, tmp_path: Path) -> None:
+    x = build(tasks_file=impossible(tmp_path))
+    with pytest.raises(IptError, match=r"1 tasks cannot be had, leave them out with --skip-missing: .*mood good and mood bad"):
+        x.with_rows(x.named("seen"), 100)
+    x.finish()
+    x = build(tasks_file=impossible(tmp_path), skip_missing=True)
+    assert x.with_rows(x.named("seen"), 100) == [task for task in x.roles if x.roles[task] == "seen" and task != "animal-class"]
+    assert "animal-class" not in x.named("seen")
+    assert [sentence.startswith("left out: ") for sentence in told(x)] == [True]
+    with pytest.raises(IptError, match="1 were left out: .*mood good and mood bad"):
+        x.finish()
+
+
+def test_a_plan_asks_for_no_rows_but_those_it_is_about(build: Build, tmp_path: Path) -> None:
+    """On a split of Hub tasks, a dry run of one task may not download others, nor fail for them."""
+    x = build(tasks_file=impossible(tmp_path))
+    x.make(x.soft_prompts(["mood-good"])["mood-good"], dry_run=True)
+    assert "minutes by steps just measured" in told(x)[0]
+
+
+def test_rows_are_drawn_once_on_a_machine(x: Experiment, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = x.sample("mood-good", 100)
+    monkeypatch.setattr("intrinsic_prompt_tuning.tasks.worlds.draw_rows", lambda *_: pytest.fail("drawn again"))
+    assert build().sample("mood-good", 100) == first
+    assert list(x.cache.glob("samples/mood-good-*/mood-good/mood-good_4_100_test.jsonl"))
+
+
+# --- What the cache holds ------------------------------------------------------------------------
+
+
+def test_prompts_are_found_whatever_they_were_tuned_with(x: Experiment, build: Build) -> None:
+    save_prompts(x)
+    save_prompts(build(learning_rate=[0.3, 0.5], steps=13), ["mood-good"])
+    found = build().found_prompts(x.named("seen", "unseen"))
+    assert list(found) == x.named("seen"), "in the split's order, and without tasks that have none"
+    assert {task: len(choice) for task, choice in found.items()} == dict.fromkeys(x.named("seen"), 1) | {"mood-good": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt_length": 4}, "another prompt_length"),
+        ({"max_length": 30}, "another max_length"),
+        ({"seed": 1}, "another seed"),
+        ({"decoding": "generate"}, "another decoding"),
+        ({"precision": "bf16"}, None),  # other weights: a folder of its own
+        ({"shots": 5}, "other rows"),
+    ],
+)
+def test_prompts_of_other_options_or_rows_are_not_used_and_that_is_said(
+    x: Experiment, build: Build, change: dict[str, Any], reason: str | None
+) -> None:
+    save_prompts(x)
+    other = build(**change)
+    assert other.found_prompts(x.named("seen")) == {}
+    assert told(other) == ([f"not used: 5 soft prompts of {reason}"] if reason else [])
+    with pytest.raises(IptError, match="5 seen tasks of the split tiny have no soft prompt .*: run 'ipt collect'"):
+        other.collected()
+
+
+def test_prompts_of_other_data_seeds_are_no_baseline(x: Experiment) -> None:
+    for choice in x.soft_prompts(["mood-good"], 21).values():
+        save(x, choice, {"soft_prompt": made_up(x)["mood-good"]})
+    assert x.found_prompts(x.roles) == {}
+
+
+def test_a_seen_task_without_a_prompt_is_named_and_left_out_only_when_asked(x: Experiment, build: Build) -> None:
+    save_prompts(x, ["mood-good", "count-next"])
+    with pytest.raises(IptError, match=r"3 seen tasks .*animal-class, thing-plural, mood-opposite-choice.*--skip-missing"):
+        x.collected()
+    other = build(skip_missing=True)
+    assert list(other.collected()) == ["mood-good", "count-next"]
+    assert sorted(other.left_out) == ["animal-class", "mood-opposite-choice", "thing-plural"]
+    assert build(skip_missing=True, split="tiny").named("seen") == x.named("seen")
+
+
+def test_nothing_stands_in_for_all_prompts_that_are_missing(build: Build) -> None:
+    with pytest.raises(IptError, match="5 seen tasks .* have no soft prompt"):
+        build(skip_missing=True).collected()
+
+
+def test_a_damaged_prompt_is_left_out_by_name(x: Experiment, build: Build) -> None:
+    choices = save_prompts(x)
+    path = x.store.path(choices["count-next"][0])
+    path.write_bytes(path.read_bytes()[:-5])
+    other = build()
+    assert "count-next" not in other.found_prompts(x.named("seen"))
+    assert told(other)[0].startswith(f"left out: {path} is not a file of ipt, or is damaged")
+    with pytest.raises(IptError, match=path.name):
+        other.finish()
+
+
+def test_every_file_that_is_left_out_is_named_also_in_a_folder_with_spaces(build: Build, tmp_path: Path) -> None:
+    x = build(cache=tmp_path / "my own cache")
+    paths = [x.store.path(choice[0]) for task, choice in save_prompts(x).items() if task in ("count-next", "mood-good")]
+    for path in paths:
+        path.write_bytes(b"half")
+    other = build(cache=tmp_path / "my own cache")
+    other.found_prompts(x.named("seen"))
+    with pytest.raises(IptError, match="2 were left out") as caught:
+        other.finish()
+    assert all(str(path) in str(caught.value) for path in paths)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"soft_prompt": torch.zeros(16, 3)},
+        {"intrinsic_vector": torch.zeros(3, 16)},
+        {"soft_prompt": torch.zeros(3, 16), "more": torch.zeros(1)},
+        {"soft_prompt": torch.full((3, 16), float("nan"))},
+        {"soft_prompt": torch.full((3, 16), float("inf"))},
+        {"soft_prompt": torch.zeros(3, 16, dtype=torch.float16)},
+    ],
+)
+def test_tensors_other_than_expected_are_refused_by_name(x: Experiment, tensors: dict[str, Tensor]) -> None:
+    ((result,),) = x.soft_prompts(["mood-good"]).values()
+    save(x, [result], tensors)
+    with pytest.raises(IptError, match=rf"{result.name}\.safetensors holds the tensors .*expected .*: remove it"):
+        x.prompts([(result,)])
+
+
+def test_the_best_of_a_grid_is_what_is_used(build: Build) -> None:
+    x = build(learning_rate=[0.1, 0.3, 0.5])
+    prompts = list(made_up(x).values())[:3]
+    ((*choice,),) = x.soft_prompts(["mood-good"]).values()
+    for result, prompt, validation in zip(choice, prompts, (0.2, 0.9, 0.5), strict=True):
+        save(x, [result], {"soft_prompt": prompt}, validation)
+    assert torch.equal(x.prompts([tuple(choice)])[0], prompts[1])
+
+
+def test_a_subspace_is_found_again_also_after_more_prompts_were_collected(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    save_prompts(build(learning_rate=[0.5]))
+    other = build()
+    (found,) = other.found_subspaces()
+    assert found.name == subspace.name
+    assert {choice[0].header["learning_rate"] for choice in found.inputs} == {0.1}
+    assert sorted(choice[0].header["task"] for choice in found.inputs) == sorted(x.named("seen"))
+    assert other.choose_subspace("subspace", 6, "").name == subspace.name
+
+
+def test_subspaces_of_other_tasks_or_of_prompts_that_are_gone_are_not_used_and_that_is_said(
+    x: Experiment, build: Build, tmp_path: Path
+) -> None:
+    prompts = save_prompts(x)
+    save_subspace(x, prompts)
+    split = tmp_path / "split.yaml"
+    split.write_text("seen: [mood-good, count-next]\nunseen: [even-or-good]\n", encoding="utf-8")
+    other = build(split=str(split))
+    assert other.found_subspaces() == []
+    assert told(other) == ["not used: 1 subspaces of another split's tasks"]
+    x.store.path(prompts["mood-good"][0]).unlink()
+    other = build()
+    assert other.found_subspaces() == []
+    assert told(other) == ["not used: 1 subspaces of soft prompts that are gone"]
+
+
+def test_of_several_subspaces_one_must_be_named_and_what_differs_is_told(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    one = save_subspace(x, prompts)
+    two = save_subspace(build(lm_loss=False), prompts)
+    with pytest.raises(IptError, match="the cache holds 2 subspaces of dim 6: name one with --subspace: ") as caught:
+        x.choose_subspace("subspace", 6, "")
+    for subspace, lm_loss in ((one, True), (two, False)):
+        assert f"{subspace.name[:8]} (lm_loss {lm_loss})" in str(caught.value)
+        assert x.choose_subspace("subspace", 6, subspace.name[:8]).name == subspace.name
+        assert x.choose_subspace("subspace", 6, subspace.name).name == subspace.name
+    with pytest.raises(IptError, match="name one with --subspace"):
+        x.choose_subspace("subspace", 6, "zz")
+
+
+def test_a_space_that_needs_no_learning_is_described_where_the_cache_has_none(x: Experiment) -> None:
+    prompts = save_prompts(x)
+    for kind in ("linear", "random", "random-unscaled"):
+        assert x.choose_subspace(kind, 3, "").name == x.subspace(kind, 3, prompts).name
+    with pytest.raises(IptError, match="0 subspaces of dim 3 of these 5 tasks: run 'ipt fit-subspace --dim 3'"):
+        x.choose_subspace("subspace", 3, "")
+
+
+def test_what_tells_subspaces_apart_is_settings_or_the_prompts_that_they_are_of(x: Experiment, build: Build) -> None:
+    prompts = x.soft_prompts(x.named("seen"))
+    some = {task: choice for task, choice in prompts.items() if task != "count-next"}
+    other = build(learning_rate=[0.5]).soft_prompts(x.named("seen"))
+    one, few, more, noisy = (
+        x.subspace("subspace", 6, prompts), x.subspace("subspace", 6, some), x.subspace("subspace", 6, other),
+        build(noise=0.5, alpha=2.0).subspace("subspace", 6, prompts),
+    )  # fmt: skip
+    assert differences([]) == {}
+    assert differences([one]) == {one.name: ""}
+    assert differences([one, noisy]) == {one.name: "alpha 10.0, noise 0.2", noisy.name: "alpha 2.0, noise 0.5"}
+    words = differences([one, few])
+    assert words[one.name].startswith("collection 5 tasks, prompts ") and words[few.name].startswith(
+        "collection 4 tasks, prompts "
+    )
+    assert len(set(differences([one, more]).values())) == 2
+
+
+def test_vectors_of_a_grid_are_one_choice_and_others_are_not(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    other = build(vector_learning_rate=[0.1, 0.3])
+    for task, seed, start in (("mood-good", 21, "random"), ("day-then-count", 100, "random"), ("day-then-count", 100, "seen")):
+        for choice in other.intrinsic_vectors([task], seed, subspace, start).values():
+            save(x, choice, {"intrinsic_vector": torch.zeros(6)})
+    found = build().found_vectors([subspace])
+    about = [(choice[0].header["task"], choice[0].header["data_seed"], choice[0].header["start"]) for choice in found]
+    assert sorted(about) == [("day-then-count", 100, "random"), ("day-then-count", 100, "seen"), ("mood-good", 21, "random")]
+    assert all([r.header["learning_rate"] for r in choice] in ([0.1, 0.3], [0.3, 0.1]) for choice in found)
+    assert all(r.inputs[0][0].name == subspace.name for choice in found for r in choice)
+
+
+def test_vectors_in_subspaces_that_are_not_shown_and_of_other_rows_are_not_used(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    for by in (x, build(shots=5)):
+        for choice in by.intrinsic_vectors(["mood-good"], 21, subspace).values():
+            save(x, choice, {"intrinsic_vector": torch.zeros(6)})
+    other = build()
+    assert len(other.found_vectors([subspace])) == 1
+    assert told(other) == ["not used: 1 intrinsic vectors of other rows"]
+    other = build()
+    assert other.found_vectors([]) == []
+    assert told(other) == ["not used: 2 intrinsic vectors of subspaces or tasks that are not shown"]
+
+
+# --- Making --------------------------------------------------------------------------------------
+
+
+def test_the_linear_space_is_a_file_and_is_read_back(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    x.make([x.subspace("linear", 3, prompts)])
+    other = build()
+    found = other.choose_subspace("linear", 3, "")
+    assert other.store.path(found).name.startswith("3-")
+    space = other.space(found)
+    expected = linear_space(torch.stack(list(made_up(x).values())), x.prompt_space.initial_prompt, dim=3)
+    assert (space.dim, space.unit) == (3, pytest.approx(expected.unit))
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(space.weights[name], weight)
+    assert "hidden.weight" not in space.weights
+
+
+def test_random_spaces_are_read_back_and_reach_as_far_as_learned_ones_or_do_not(x: Experiment) -> None:
+    prompts = save_prompts(x)
+    spaces = {kind: x.subspace(kind, 6, prompts) for kind in ("random", "random-unscaled")}
+    x.make(spaces.values())
+    vectors = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    unit = unit_of(torch.stack(list(made_up(x).values())), x.prompt_space.initial_prompt)
+    reach = {
+        kind: unit_of(x.space(one).back_project(vectors), x.prompt_space.initial_prompt) / unit for kind, one in spaces.items()
+    }
+    assert reach["random"] == pytest.approx(1, rel=0.1)
+    assert reach["random-unscaled"] < 0.5
+
+
+def test_a_low_rank_space_has_nearly_as_many_numbers_as_were_asked_for_and_is_read_back(x: Experiment, build: Build) -> None:
+    """3 rows of a rank of 2, beside 2 * 16 numbers for all rows."""
+    prompts = save_prompts(x)
+    one = x.subspace("low-rank", 39, prompts)
+    assert one.header["dim"] == 3 * 2 + 2 * 16
+    x.make([one])
+    other = build()
+    found = other.choose_subspace("low-rank", 39, "")
+    assert found.name == one.name
+    space = other.space(found)
+    assert space.dim == 38 and space.weights.keys() == {"basis"}
+    (vectors,) = other.intrinsic_vectors(["mood-good"], 100, found).values()
+    assert len(start_of(other, vectors[0], space)) == 38
+
+
+def test_the_mean_and_the_nearest_of_the_seen_prompts_are_scored_on_unseen_tasks(x: Experiment) -> None:
+    save_prompts(x)
+    prompts = {task: x.soft_prompts([task])[task] for task in x.named("seen")}
+    unseen = x.soft_prompts(["even-or-good"])
+    save(x, unseen["even-or-good"], {"soft_prompt": made_up(x)["mood-good"]})
+    scores = x.scores(prompts | unseen, [x.subspace("random", 6, prompts)], [])
+    wanted = {score.header["stage"]: score for score in scores if score.header["stage"] in ("mean", "nearest")}
+    assert {score.header["task"] for score in wanted.values()} == {"even-or-good"}
+    x.make(wanted.values())
+    tensors = torch.stack(list(made_up(x).values()))
+    train, _, test = x.encoded("even-or-good", 100)
+    losses = [sum(x.backbone.losses(prompt[None], [(0, row) for row in train])) for prompt in tensors]
+    for stage, prompt in (("mean", tensors.mean(0)), ("nearest", tensors[losses.index(min(losses))])):
+        answers = x.backbone.answer(prompt[None], [(0, row) for row in test])
+        expected = METRICS["ACC"]([answer.text for answer in answers], [row.example.answers for row in test])
+        assert x.store.read(wanted[stage])[0] == {"score": pytest.approx(expected), "n": 10}
+
+
+def test_one_answer_for_all_is_the_training_answer_that_is_best_on_validation_rows(x: Experiment) -> None:
+    tasks = load_tasks(x.options.tasks_file)
+    scores = {task: score_of(x, "one answer for all", task) for task in tasks}
+    x.make(scores.values())
+    for name, task in tasks.items():
+        train, validation, test = task.sample(100, 4, 10)
+        metric = METRICS[task.metric]
+        on_validation = {
+            answer: metric([answer] * len(validation), [row.answers for row in validation])
+            for answer in dict.fromkeys(row.answers[0] for row in train)
+        }
+        best = next(answer for answer, score in on_validation.items() if score == max(on_validation.values()))
+        expected = metric([best] * len(test), [row.answers for row in test])
+        assert x.store.read(scores[name])[0] == {"score": pytest.approx(expected), "n": 10}
+
+
+def test_a_score_is_a_file_without_tensors(x: Experiment) -> None:
+    score = score_of(x, "no prompt")
+    x.make([score])
+    record, tensors = x.store.read(score)
+    assert (sorted(record), record["n"], tensors) == (["n", "score"], 10, {})
+    assert json.dumps(score.header)

@@ -1,0 +1,689 @@
+"""Results, the store, claims, and the one loop that makes what is missing, on makers that only pretend to work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import files_in
+
+import ipt
+from intrinsic_prompt_tuning import results
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.files import FILE_VERSION, write_file
+from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker, Reporter, Result, Store, make
+
+FINGERPRINT = "f" * 64
+HEADER = {"version": FILE_VERSION, "backbone": FINGERPRINT, "kind": "soft-prompt", "task": "mood-good", "data_seed": 100}
+RECORD = {"validation": 0.5, "validation_loss": 1.0}
+PROMPT = {"soft_prompt": torch.arange(15.0).reshape(3, 5)}
+
+
+def result(**changes: Any) -> Result:
+    return Result(HEADER | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "backbone", FINGERPRINT)
+
+
+def save_one(store: Store, **changes: Any) -> Result:
+    made = result(**changes)
+    store.save(Made(made, RECORD, PROMPT))
+    return made
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.bars: list[tuple[str, float, list[float]]] = []
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+        self.bars.append((label, total, []))
+        yield self.bars[-1][2].append
+
+
+# --- Result --------------------------------------------------------------------------------------
+
+
+def test_a_result_is_named_by_its_header_alone() -> None:
+    one = result()
+    assert one.kind == "soft-prompt"
+    assert one.name == Result(dict(reversed(HEADER.items())), ((one,),), Cost(1, 2, 3, 4)).name
+    others = [result(task="count-next"), result(data_seed=21), result(more=None)]
+    assert len({r.name for r in [one, *others]}) == 4
+
+
+def test_the_names_of_a_choice_do_not_depend_on_its_order() -> None:
+    choice = tuple(result(learning_rate=rate) for rate in (0.1, 0.3, 0.2))
+    assert results.names(choice) == results.names(choice[::-1]) == sorted(r.name for r in choice)
+
+
+def test_costs_add_up() -> None:
+    assert sum([Cost(1, 2, 3, 4), Cost(10, 20, 30, 40)], Cost()) == Cost(11, 22, 33, 44)
+
+
+# --- Store ---------------------------------------------------------------------------------------
+
+
+def test_a_result_comes_back_as_it_was_saved(store: Store) -> None:
+    saved = save_one(store)
+    assert store.path(saved).relative_to(store.folder) == Path(f"soft-prompts/mood-good-{saved.name}.safetensors")
+    record, tensors = store.read(result())
+    assert (record, list(tensors)) == (RECORD, ["soft_prompt"])
+    assert torch.equal(tensors["soft_prompt"], PROMPT["soft_prompt"])
+    (found,), sentences = store.found("soft-prompt")
+    assert (found.header, found.name, sentences) == (HEADER, saved.name, {})
+
+
+def test_a_subspace_s_file_is_called_by_its_dim(store: Store) -> None:
+    subspace = Result({"kind": "subspace", "dim": 6})
+    assert store.path(subspace).relative_to(store.folder) == Path(f"subspaces/6-{subspace.name}.safetensors")
+
+
+def test_what_is_missing_is_told_once_and_in_order(store: Store) -> None:
+    save_one(store)
+    wanted = [result(data_seed=21), result(), result(data_seed=13), result(data_seed=21)]
+    assert [r.header["data_seed"] for r in store.missing(wanted)] == [21, 13]
+
+
+def test_only_results_of_the_kind_are_found(store: Store) -> None:
+    for seed, task in ((100, "mood-good"), (21, "mood-good"), (100, "count-next")):
+        save_one(store, data_seed=seed, task=task)
+    save_one(store, kind="intrinsic-vector")
+    found = [(r.header["task"], r.header["data_seed"]) for r in store.found("soft-prompt")[0]]
+    assert sorted(found) == [("count-next", 100), ("mood-good", 21), ("mood-good", 100)]
+    assert [r.kind for r in store.found("intrinsic-vector")[0]] == ["intrinsic-vector"]
+    assert store.found("subspace") == ([], {})
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def of_version_1(path: Path) -> None:
+    path.write_bytes(safetensors.torch.save(PROMPT, {"ipt": '{"header": {"version": 1}, "record": {}}'}))
+
+
+def of_another_backbone(path: Path) -> None:
+    write_file(path, HEADER | {"backbone": "0" * 64}, RECORD, PROMPT)
+
+
+def of_another_kind(path: Path) -> None:
+    write_file(path, HEADER | {"kind": "intrinsic-vector"}, RECORD, PROMPT)
+
+
+def of_another_task(path: Path) -> None:
+    write_file(path, HEADER | {"task": "animal-class"}, RECORD, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_short, "is not a file of ipt, or is damaged .*: remove it"),
+        (of_version_1, "has file version 1, expected 2: remove it"),
+        (of_another_backbone, "was made with another backbone .00000000, expected ffffffff.: remove it"),
+        (of_another_kind, "is not what its name says"),
+        (of_another_task, "is not what its name says"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_the_others_are_found(
+    store: Store, spoil: Callable[[Path], None], message: str
+) -> None:
+    good, bad = save_one(store, task="count-next"), save_one(store)
+    path = store.path(bad)
+    spoil(path)
+    before = files_in(store.folder)
+    found, unusable = store.found("soft-prompt")
+    ((where, sentence),) = unusable.items()
+    assert where == str(path)
+    assert [r.name for r in found] == [good.name]
+    assert sentence.startswith(str(path))
+    assert re.search(message, sentence)
+    assert files_in(store.folder) == before
+
+
+def test_a_file_under_another_s_name_is_refused_when_it_is_read(store: Store) -> None:
+    one, two = save_one(store), result(data_seed=21)
+    store.path(two).write_bytes(store.path(one).read_bytes())
+    with pytest.raises(IptError, match=rf"{two.name}\.safetensors is not what its name says: remove it"):
+        store.read(two)
+
+
+def test_a_result_that_is_not_there_is_named_when_it_is_read(store: Store) -> None:
+    with pytest.raises(IptError, match=result().name):
+        store.read(result())
+
+
+def test_the_best_of_a_choice_has_the_highest_validation_score_and_among_equals_the_lowest_loss(store: Store) -> None:
+    records = [(0.5, 1.0), (0.7, 2.0), (0.7, 1.5)]
+    choice = tuple(result(learning_rate=n) for n in range(3))
+    for one, (score, loss) in zip(choice, records, strict=True):
+        store.save(Made(one, {"validation": score, "validation_loss": loss}, PROMPT))
+    assert store.best(choice)[0] is store.best(choice[::-1])[0] is choice[2]
+    assert store.best(choice[:2])[1] == {"validation": 0.7, "validation_loss": 2.0}
+    assert store.best(choice[:1])[0] is choice[0]
+
+
+def test_each_result_under_way_has_a_state_of_its_own(store: Store) -> None:
+    one, two, three = (result(data_seed=seed) for seed in (1, 2, 3))
+    store.save_unfinished({one: {"step": torch.tensor(4.0)}, two: {"step": torch.tensor(5.0)}})
+    assert {path.name for path in store.folder.glob("*/*")} == {f"mood-good-{r.name}.unfinished" for r in (one, two)}
+    assert [store.unfinished(r) for r in (one, two, three)] == [{"step": 4.0}, {"step": 5.0}, {}]
+    store.save_unfinished({one: {"step": torch.tensor(6.0)}})
+    assert [store.unfinished(r) for r in (one, two)] == [{"step": 6.0}, {"step": 5.0}]
+    assert store.found("soft-prompt") == ([], {})
+    assert len(store.missing([one, two, three])) == 3
+
+
+def test_a_result_that_is_saved_needs_its_state_no_more(store: Store) -> None:
+    store.save_unfinished({result(): {"step": torch.tensor(4.0)}})
+    save_one(store)
+    assert [path.suffix for path in store.folder.glob("*/*")] == [".safetensors"]
+
+
+def test_a_state_that_is_damaged_or_another_s_is_no_state(store: Store) -> None:
+    one, two = result(), result(data_seed=21)
+    store.save_unfinished({one: {"step": torch.tensor(4.0)}, two: {"step": torch.tensor(5.0)}})
+    state = store.path(one).with_suffix(".unfinished")
+    whole = state.read_bytes()
+    for content in (b"", b"half", whole[:-1], whole[:-1] + b"?", store.path(two).with_suffix(".unfinished").read_bytes()):
+        state.write_bytes(content)
+        assert store.unfinished(one) == {}
+        assert store.unfinished(two) == {"step": 5.0}
+
+
+# --- Claims --------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from intrinsic_prompt_tuning.results import Claims
+claims = Claims(Path(sys.argv[1]))
+print(claims.take(sys.argv[2:]), flush=True)
+sys.stdin.readline()
+claims.give_back()
+print("given back", flush=True)
+"""
+
+
+def python(program: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start another process that knows the package."""
+    known = {"PYTHONPATH": str(Path(ipt.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | known | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Return another process that has claimed a and b."""
+    process = python(HOLDER, tmp_path / "claims", "a", "b")
+    assert process.stdout and process.stdout.readline() == "['a', 'b']\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_another_process_has_is_not_given(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    claims = Claims(tmp_path / "claims")
+    assert claims.take(["a", "c"]) == ["c"]
+    claims.give_back()
+    assert claims.take(["b", "a"]) == []
+    claims.give_back()
+    assert holder.communicate("\n", timeout=60)[0] == "given back\n"
+    assert not (tmp_path / "claims").exists()
+    assert claims.take(["b", "a"]) == ["b", "a"]
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_process_s_claims_are_free(tmp_path: Path, holder: subprocess.Popen[str], number: signal.Signals) -> None:
+    claims = Claims(tmp_path / "claims")
+    holder.send_signal(number)
+    holder.wait(timeout=60)
+    assert len(list((tmp_path / "claims").iterdir())) == 1
+    assert claims.take(["a", "c"]) == ["a", "c"]
+    assert list((tmp_path / "claims").iterdir()) == [claims.path]
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_of_an_earlier_process_of_the_same_number_is_free(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    claims.folder.mkdir()
+    claims.path.write_text("a\nb")
+    assert claims.take(["a"]) == ["a"]
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "a", "a\nb\nc"])
+def test_claims_that_a_killed_process_left_anyhow_are_free(tmp_path: Path, content: str) -> None:
+    claims = Claims(tmp_path / "claims")
+    claims.folder.mkdir()
+    (claims.folder / "elsewhere-1").write_text(content)
+    assert claims.take(["a", "b"]) == ["a", "b"]
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_s_earlier_claims_are_forgotten_with_its_next(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    assert claims.take(["a", "b"]) == ["a", "b"]
+    assert claims.take(["b", "c"]) == ["b", "c"]
+    other = python(HOLDER, tmp_path / "claims", "a", "b", "c")
+    assert other.communicate("\n", timeout=60)[0] == "['a']\ngiven back\n"
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+def test_claiming_nothing_leaves_nothing(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    assert claims.take([]) == []
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_claims_cannot_be_written_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(IptError, match=r"cannot write .*claims: .*; name another folder with --cache"):
+        Claims(tmp_path / "file" / "claims").take(["a"])
+
+
+def test_without_locks_everything_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where two processes may do the same work."""
+    monkeypatch.setattr(results, "fcntl", None)
+    claims = Claims(tmp_path / "claims")
+    assert claims.take(["a", "b"]) == ["a", "b"]
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
+# --- Making --------------------------------------------------------------------------------------
+
+
+class Bakery:
+    """Makes rolls in four steps each, two at a time, and pies of them; remembers what it did."""
+
+    def __init__(self, store: Store, stop_at: int = -1) -> None:
+        self.store, self.stop_at = store, stop_at
+        self.steps: list[tuple[str, int]] = []
+        self.made: list[str] = []
+
+    @property
+    def makers(self) -> dict[str, Maker]:
+        return {"roll": Maker(self.bake, lambda rolls: 4.0 * len(rolls)), "pie": Maker(self.fill, len)}
+
+    def bake(self, rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+        for start in range(0, len(rolls), 2):
+            some = {r: int(self.store.unfinished(r).get("step", torch.tensor(0))) for r in rolls[start : start + 2]}
+            while some:
+                for roll in some:
+                    if len(self.steps) == self.stop_at:
+                        raise KeyboardInterrupt
+                    some[roll] += 1
+                    self.steps.append((roll.header["task"], some[roll]))
+                for roll in [roll for roll, step in some.items() if step == 4]:
+                    del some[roll]
+                    self.made.append(roll.header["task"])
+                    yield Made(roll, {"steps": 4}, {"dough": torch.ones(2)})
+                states = {roll: {"step": torch.tensor(float(step))} for roll, step in some.items()}
+                after_step(lambda states=states: states, len(self.steps))
+
+    def fill(self, pies: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+        for pie in pies:
+            dough = [self.store.best(choice)[2]["dough"] for choice in pie.inputs]
+            self.made.append(pie.header["task"])
+            yield Made(pie, {"rolls": len(dough)}, {})
+            after_step(dict, 1)
+
+    def make(self, wanted: Sequence[Result], report: Reporter | None = None, **more: Any) -> None:
+        make(self.store, wanted, self.makers, report or Reporter(), **more)
+
+
+def roll(name: str, **more: Any) -> Result:
+    return Result({**HEADER, "kind": "roll", "task": name, **more}, cost=Cost(10, 4, 1000, 8))
+
+
+def pie(name: str, *rolls: Result) -> Result:
+    of = [results.names((one,)) for one in rolls]
+    return Result({**HEADER, "kind": "pie", "task": name, "of": of}, tuple((one,) for one in rolls), Cost(0, 2, 30))
+
+
+ROLLS = [roll(name) for name in ("ann", "ben", "cid", "dan", "eve")]
+
+
+def test_what_is_missing_is_made_and_nothing_twice(store: Store) -> None:
+    save = Bakery(store)
+    save.make([ROLLS[1]])
+    bakery, report = Bakery(store), Listener()
+    bakery.make([*ROLLS[:3], ROLLS[0], ROLLS[2]], report)
+    assert sorted(bakery.made) == ["ann", "cid"]
+    assert report.sentences == ["plan: 2 rolls to make, 1 made before; at most 28 rows, 0.0 million tokens; 0.0 MB of files"]
+    again, report = Bakery(store), Listener()
+    before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+    again.make(ROLLS[:3], report)
+    assert again.made == [] and report.bars == []
+    assert report.sentences == ["plan: 0 rolls to make, 3 made before"]
+    assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")} == before
+
+
+def test_inputs_are_made_before_what_is_made_of_them(store: Store) -> None:
+    bakery = Bakery(store)
+    bakery.make([pie("apple", *ROLLS[:2]), *ROLLS[:2]])
+    assert bakery.made == ["ann", "ben", "apple"]
+    assert store.read(pie("apple", *ROLLS[:2])) == ({"rolls": 2}, {})
+
+
+def test_results_of_one_stage_are_of_one_kind_one_space_and_one_configuration() -> None:
+    wanted = [
+        pie("apple"), roll("ann", tuning={"steps": 4}), roll("ben", tuning={"steps": 4}), roll("cid", tuning={"steps": 5}),
+        roll("dan", tuning={"steps": 4}, subspace="s"), roll("ann", tuning={"steps": 4}), roll("eve", tuning={"steps": 4}, rate=2),
+    ]  # fmt: skip
+    stages = results.stages(wanted, ["roll", "pie"])
+    assert [[r.header["task"] for r in stage] for stage in stages] == [["ann", "ben", "eve"], ["cid"], ["dan"], ["apple"]]
+
+
+def test_progress_is_told_of_what_is_missing(store: Store) -> None:
+    report = Listener()
+    Bakery(store).make([ROLLS[0]])
+    Bakery(store).make(ROLLS[:3], report)
+    ((label, total, told),) = report.bars
+    assert (label, total) == ("rolls", 8)
+    assert told == sorted(told) and told[-1] == total
+
+
+def test_a_stage_in_a_space_is_called_by_it() -> None:
+    vector = Result({"kind": "intrinsic-vector", "space": "linear", "dim": 4, "subspace": "s", "tuning": {}})
+    assert results.label([vector]) == "intrinsic vectors (linear, dim 4)"
+    score = Result({"kind": "score", "space": "linear", "dim": 4, "subspace": "s"})
+    assert results.label([score]) == "scores"
+
+
+def test_a_plan_tells_rows_tokens_and_megabytes_and_with_a_pace_minutes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = [Result({**HEADER, "kind": "roll", "task": name}, cost=Cost(6000, 1500, 9e6, 4e6)) for name in ("ann", "ben")]
+    words = "plan: 2 rolls to make, 0 made before; at most 15,000 rows, 18.0 million tokens"
+    assert results.plan(big, big, None) == (f"{words}; 8.0 MB of files", 0)
+    text, seconds = results.plan(big, big, lambda missing: (0.1, 0.02))
+    assert seconds == pytest.approx(2 * (6000 * 0.1 + 1500 * 0.02))
+    assert text == f"{words}; 21.0 minutes by steps just measured; 8.0 MB of files"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert results.plan(big, big, lambda missing: (0.1, 0.02))[1] == pytest.approx(seconds / 3)
+
+
+def test_with_a_pace_only_the_plan_is_told_and_nothing_made(store: Store) -> None:
+    bakery, report, asked = Bakery(store), Listener(), []
+
+    def pace(missing: Sequence[Result]) -> tuple[float, float]:
+        asked.append(1)
+        return 6.0, 15.0
+
+    bakery.make([*ROLLS[:2], pie("apple", *ROLLS[:2])], report, pace=pace)
+    assert not store.folder.exists() and not bakery.made and not report.bars
+    assert [sentence.split(";")[-1] for sentence in report.sentences[1:]] == [
+        " 0.5 minutes by steps just measured", " 4.5 minutes",
+    ]  # fmt: skip
+    assert report.sentences[-1] == "plan: all of it, if no job ends early; 4.5 minutes"
+    Bakery(store).make([*ROLLS[:2], pie("apple", *ROLLS[:2])])
+    asked.clear()
+    bakery.make([*ROLLS[:2], pie("apple", *ROLLS[:2])], report, pace=pace)
+    assert not asked, "no steps are measured where nothing is to do"
+
+
+def test_what_was_done_before_a_mistake_is_kept_and_claimed_no_more(store: Store) -> None:
+    def work(rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+        yield Made(rolls[0], {}, {})
+        raise IptError("no more flour")
+
+    with pytest.raises(IptError, match="no more flour"):
+        make(store, ROLLS, {"roll": Maker(work, len)}, Reporter())
+    assert len(store.missing(ROLLS)) == 4
+    assert [path.parent.name for path in store.folder.rglob("*") if path.is_file()] == ["rolls"]
+
+
+@pytest.mark.parametrize("stop_at", range(20))
+def test_an_interruption_loses_nothing_but_the_step_that_was_under_way(store: Store, stop_at: int) -> None:
+    stopped = Bakery(store, stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.make(ROLLS)
+    assert not (store.folder / "claims").exists()
+    resumed = Bakery(store)
+    resumed.make(ROLLS)
+    assert sorted(stopped.made + resumed.made) == ["ann", "ben", "cid", "dan", "eve"]
+    assert stop_at <= len(stopped.steps + resumed.steps) - 1 and len(stopped.steps + resumed.steps) <= 21
+    assert {path.suffix for path in store.folder.rglob("*") if path.is_file()} == {".safetensors"}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", range(5))
+def test_an_interruption_between_two_files_loses_none_and_leaves_no_state_of_what_is_done(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: int, after: bool
+) -> None:
+    calls, save = iter(range(5)), Store.save
+
+    def interrupted(self: Store, made: Made) -> None:
+        stops = next(calls) == call
+        if after or not stops:
+            save(self, made)
+        if stops:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "save", interrupted)
+    stopped = Bakery(store)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.make(ROLLS)
+    monkeypatch.undo()
+    assert len(store.missing(ROLLS)) == 5 - call - after
+    resumed = Bakery(store)
+    resumed.make(ROLLS)
+    assert len(stopped.steps + resumed.steps) <= 22
+    assert {path.suffix for path in store.folder.rglob("*") if path.is_file()} == {".safetensors"}
+
+
+def test_a_resumed_run_goes_on_at_the_newest_state(store: Store) -> None:
+    for stop_at, first in ((2, 1), (4, 2), (1, 4)):
+        bakery = Bakery(store, stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            bakery.make(ROLLS[:2])
+        assert bakery.steps[0] == ("ann", first)
+    bakery = Bakery(store)
+    bakery.make(ROLLS[:2])
+    assert bakery.steps == [("ann", 4), ("ben", 4)]
+
+
+def test_a_damaged_state_costs_only_itself(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Bakery(store, 4).make(ROLLS)
+    ann, ben = (store.path(one).with_suffix(".unfinished") for one in ROLLS[:2])
+    assert ben.exists()
+    ann.write_bytes(b"half")
+    resumed = Bakery(store)
+    resumed.make(ROLLS)
+    assert [step for task, step in resumed.steps if task == "ann"] == [1, 2, 3, 4]
+    assert [step for task, step in resumed.steps if task == "ben"] == [3, 4]
+    assert {path.suffix for path in store.folder.rglob("*") if path.is_file()} == {".safetensors"}
+
+
+def test_other_work_between_leaves_states_alone(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Bakery(store, 4).make(ROLLS[:2])
+    before = {name: content for name, content in files_in(store.folder).items() if name.endswith("unfinished")}
+    assert len(before) == 2
+    Bakery(store).make(ROLLS[2:])
+    assert before.items() <= files_in(store.folder).items()
+
+
+def test_states_are_saved_every_so_many_seconds_and_at_an_interruption_but_not_at_a_mistake(store: Store) -> None:
+    told: list[float] = []
+
+    def state() -> dict[Result, dict[str, torch.Tensor]]:
+        return {ROLLS[0]: {"step": torch.tensor(1.0)}}
+
+    with results.saving(store, told.append, every=0) as after_step:
+        after_step(state, 3)
+        assert store.unfinished(ROLLS[0]) == {"step": 1.0}
+    with pytest.raises(IptError), results.saving(store, told.append) as after_step:
+        after_step(lambda: {ROLLS[1]: {"step": torch.tensor(1.0)}}, 4)
+        raise IptError("a mistake")
+    assert store.unfinished(ROLLS[1]) == {}
+    with pytest.raises(KeyboardInterrupt), results.saving(store, told.append) as after_step:
+        after_step(lambda: {ROLLS[2]: {"step": torch.tensor(1.0)}}, 5)
+        raise KeyboardInterrupt
+    assert store.unfinished(ROLLS[2]) == {"step": 1.0}
+    assert told == [3, 4, 5]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_makes_its_share_first_and_then_what_nobody_else_makes(
+    store: Store, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    bakery = Bakery(store)
+    bakery.make(ROLLS[:4])
+    shares = [["ann", "cid"], ["ben", "dan"]]
+    assert bakery.made[:2] == shares[rank] and sorted(bakery.made[2:]) == shares[1 - rank]
+
+
+def test_a_rank_whose_share_another_process_makes_goes_on_with_the_rest_and_then_waits(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    other = python(HOLDER, store.claims.folder, *(one.name for one in ROLLS[1:4:2]), WORLD_SIZE="1")
+    bakery, take, takes = Bakery(store), store.claims.take, []
+    before_waiting: list[str] = []
+
+    def counted(wanted: Sequence[str]) -> list[str]:
+        takes.append(wanted)
+        assert len(takes) < 20, "it spins"
+        return take(wanted)
+
+    def waits(_: float) -> None:
+        before_waiting.extend(bakery.made)
+        assert other.communicate("\n", timeout=60)[0].endswith("given back\n")
+
+    store.folder.mkdir()
+    try:
+        assert other.stdout and len(other.stdout.readline().split()) == 2
+        monkeypatch.setattr(store.claims, "take", counted)
+        monkeypatch.setattr(results.time, "sleep", waits)
+        bakery.make(ROLLS[:4])
+    finally:
+        other.kill()
+    assert before_waiting == ["ann", "cid"]
+    assert bakery.made == ["ann", "cid", "ben", "dan"]
+
+
+def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
+    first = roll("ann", rate=1)
+    second = Result(roll("ann", rate=2).header, cost=first.cost, instead_of=(first,))
+    made: list[int] = []
+
+    def work(rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+        for one in rolls:
+            made.append(one.header["rate"])
+            yield Made(one, {"validation": solved}, {})
+
+    for solved, expected in ((1.0, [1]), (0.9, [1, 2])):
+        made.clear()
+        fresh = Store(store.folder.with_name(f"solved {solved}"), FINGERPRINT)
+        report = Listener()
+        make(fresh, [first, second], {"roll": Maker(work, len)}, report)
+        assert made == expected
+        assert report.sentences[0].startswith("plan: 2 rolls to make, 0 made before; at most 28 rows")
+        assert fresh.missing([first, second]) == []
+        make(fresh, [first, second], {"roll": Maker(work, len)}, report)
+        assert made == expected
+        assert fresh.best((first, second))[0] is first
+
+
+WORKER = f"""
+import sys, time
+from pathlib import Path
+from intrinsic_prompt_tuning.results import Cost, Made, Maker, Reporter, Result, Store, make
+
+folder, log, seconds, block = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+header = {HEADER!r}
+wanted = [Result(header | {{"kind": "roll", "task": f"roll{{n}}"}}, cost=Cost(1)) for n in range(8)]
+
+class Shell(Reporter):
+    def say(self, text):
+        print(text, flush=True)
+
+def tell(what, result):
+    with log.open("a") as file:
+        file.write(f"{{what}} {{result.header['task']}}\\n")
+
+def work(rolls, after_step):
+    for one in rolls:
+        tell("begin", one)
+        time.sleep(600 if one.header["task"] == block else seconds)
+        tell("end", one)
+        yield Made(one, {{}}, {{}})
+
+make(Store(folder, header["backbone"]), wanted, {{"roll": Maker(work, len)}}, Shell())
+"""
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_two_processes_never_make_the_same_result(store: Store, tmp_path: Path, ranks: bool) -> None:
+    log = tmp_path / "log"
+    environments = [{"WORLD_SIZE": "2", "RANK": str(rank)} if ranks else {} for rank in range(2)]
+    processes = [python(WORKER, store.folder, log, 0.1, "", **environment) for environment in environments]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert sorted(lines) == sorted(f"{what} roll{n}" for what in ("begin", "end") for n in range(8))
+    assert [path.name for path in store.folder.iterdir()] == ["rolls"]
+    assert len(list(store.folder.glob("rolls/*"))) == 8
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_killed_process_s_work_is_taken_over(store: Store, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    first = python(WORKER, store.folder, log, 0, "roll3")
+    try:
+        wait_for(lambda: log.exists() and "begin roll3" in log.read_text(encoding="utf-8"))
+        second = python(WORKER, store.folder, log, 0, "")
+        assert second.stdout
+        assert second.stdout.readline().startswith("plan: 5 rolls to make, 3 made before")
+        assert second.stdout.readline() == "waiting for another process, which makes 5 rolls\n"
+        assert second.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert [lines.count(f"begin roll{n}") for n in range(8)] == [1, 1, 1, 2, 1, 1, 1, 1]
+    assert [path.name for path in store.folder.iterdir()] == ["rolls"]
+    assert len(list(store.folder.glob("rolls/*"))) == 8
