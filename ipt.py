@@ -19,12 +19,12 @@ import inspect
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -36,13 +36,14 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Sta
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.finding import SubspaceConfig, check_dim
-from intrinsic_prompt_tuning.ranks import n_ranks, rank
+from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, wanted_scores
 from intrinsic_prompt_tuning.results import Reporter, Result
 from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
 from intrinsic_prompt_tuning.tuning import TuneConfig
+from intrinsic_prompt_tuning.using import Source, export_adapter, predict, tuned_prompts
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -50,58 +51,14 @@ app = typer.Typer(
 )  # fmt: skip
 stderr = Console(stderr=True, highlight=False)
 
-# --- Processes -----------------------------------------------------------------------------------
-
-
-def n_processes(given: int | None, values: Mapping[str, Any]) -> int:
-    """Return how many processes share a command's work.
-
-    On the testbed's small matrices two threads are hardly faster than one, but two processes are nearly twice as fast.
-    """
-    small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
-    return given or (min(4, os.cpu_count() or 1) if small else 1)
-
-
-def run_in_processes(count: int) -> int:
-    """Run this very command in several processes on this machine; return 0, or the exit code of the first that failed.
-
-    A person's mistake is met by all of them; the first process alone tells it, unless only another one failed.
-    """
-    shared = {
-        "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:]], stderr=subprocess.PIPE if number else None,
-            env=os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
-        )
-        for number in range(count)
-    ]  # fmt: skip
-    try:
-        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
-            time.sleep(0.05)
-        if any(process.poll() for process in ranks):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
-        failed = [process for process in ranks if process.poll() not in (None, 0)]
-        if failed and failed[0] is not ranks[0]:
-            sys.stderr.write((failed[0].communicate()[1] or b"").decode())
-        return failed[0].returncode if failed else 0
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.terminate()  # which saves unfinished work
-        for process in ranks:
-            process.communicate()
-
-
 # --- Options -------------------------------------------------------------------------------------
 
 
 def option(kind: type, name: str, flag: str = "") -> Any:
-    """Return the annotation of an option for a dataclass field that has a Setting; not giving it leaves the default."""
-    value, setting = get_args(get_type_hints(kind, include_extras=True)[name])
+    """Return the annotation of an option for a dataclass field, None without a Setting; not giving it leaves the default."""
+    value, setting, *_ = *get_args(get_type_hints(kind, include_extras=True)[name]), None, None
+    if not isinstance(setting, Setting):
+        return None
     default = getattr(kind(), name)
     flag = flag or f"--{(setting.name or name).replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag]
@@ -133,17 +90,21 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
         hints = get_type_hints(command, include_extras=True)
         own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "x"}
         parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[name]) for name, p in own.items()]
-        settings = [(kind, f.name) for kind in groups for f in fields(kind) if f.name not in own and _has_setting(kind, f.name)]
-        added = {name: option(kind, name) for kind, name in settings} | ({"processes": ProcessesOption} if in_processes else {})
+        settings = {f.name: option(kind, f.name) for kind in groups for f in fields(kind) if f.name not in own}
+        added = {name: annotation for name, annotation in settings.items() if annotation is not None}
+        added |= {"processes": ProcessesOption} if in_processes else {}
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for name, a in added.items()
         ]
 
         @wraps(command)
         def expanded(**values: Any) -> None:
-            count = n_processes(values.pop("processes", None), values)
+            small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
+            count = values.pop("processes", None) or n_processes(small)
             if in_processes and n_ranks() == 1 and count > 1:
-                raise SystemExit(run_in_processes(count))
+                code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
+                sys.stderr.write(told)
+                raise SystemExit(code)
             if values.get("quick"):
                 values |= {name: value for name, value in QUICK_SETTINGS.items() if values[name] is None}
             # `tune` has one rate, of whatever it tunes.
@@ -157,15 +118,7 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
     return decorate
 
 
-def _has_setting(kind: type, name: str) -> bool:
-    return any(isinstance(part, Setting) for part in get_args(get_type_hints(kind, include_extras=True)[name]))
-
-
-def dim_option(default: str) -> Any:
-    """Return the option of intrinsic dimensions."""
-    return typer.Option(min=1, help="Intrinsic dimension; repeat it for more.", show_default=default)
-
-
+DIM_HELP = "Intrinsic dimension; repeat it for more."
 LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
 QUICK_SETTINGS = {"steps": 80, "subspace_steps": 50}
 ProcessesOption = Annotated[
@@ -175,12 +128,14 @@ ProcessesOption = Annotated[
 TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.", show_default="all of the split")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
-DimOption = Annotated[list[int] | None, dim_option("250")]
+DimOption = Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250")]
 DataSeedOption = Annotated[int, typer.Option(min=0, help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
 SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
 StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
+OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -281,7 +236,7 @@ def evaluate(
 @app.command()
 @with_options(Options, TuneConfig, SubspaceConfig, Rates)
 def run(
-    x: Experiment, dim: Annotated[list[int] | None, dim_option("250 and 10")] = None,
+    x: Experiment, dim: Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250 and 10")] = None,
     data_seed: Annotated[int, typer.Option(min=0, help="Of the seen tasks' other data.")] = 21,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
@@ -307,6 +262,50 @@ def run(
     if not dry_run:
         print_report(make_report(x, scores), as_json, per_task=False, wide=wide)
     x.finish()
+
+
+@app.command("predict")
+@with_options(Options, in_processes=False)
+def predict_command(
+    x: Experiment, task: Annotated[list[str], typer.Option(help="A task; repeat it when lines name theirs.")],
+    input_file: Annotated[Path | None, typer.Option("--input", help="Lines to answer.", show_default="stdin")] = None,
+    source: SourceOption = "best", dim: OneDimOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Answer new inputs, a line each, with what was tuned: text, or JSON objects with input, options, task.
+
+    Example: ipt predict --task day-next --json
+    """
+    prompts = tuned_prompts(x, [x.task(name).name for name in task], source, dim)
+    bad = 0
+    with input_file.open(encoding="utf-8") if input_file else contextlib.nullcontext(sys.stdin) as lines:
+        for found in predict(x, prompts, lines, task[0]):
+            bad += bool(found.error)
+            if found.error:
+                x.report.say(f"not answered: {found.error}")
+            elif as_json:
+                fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
+                echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
+            else:
+                echo(found.answer)
+    if bad:
+        raise IptError(f"{bad} lines were not answered")
+
+
+@app.command("export")
+@with_options(Options, in_processes=False)
+def export_command(
+    x: Experiment, task: Annotated[str, typer.Option(help="A task.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    source: SourceOption = "best", dim: OneDimOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+) -> None:  # fmt: skip
+    """Write a tuned prompt as a folder that PEFT loads: a prompt-tuning adapter with a card.
+
+    Example: ipt export --task day-next --out day-next
+    """
+    (prompt,) = tuned_prompts(x, [x.task(task).name], source, dim).values()
+    export_adapter(x, prompt, out, force=force)
+    x.report.say(f"adapter: {out}")
 
 
 @app.command("tasks")

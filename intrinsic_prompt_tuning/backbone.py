@@ -55,6 +55,8 @@ class Answer:
     text: str
     loss: float
     """Mean loss per token of the right answer; nan when it was not asked for."""
+    option_losses: tuple[float, ...] = ()
+    """Minus the log-likelihood of each option, where the most likely one was chosen."""
 
 
 class LanguageModel(Protocol):
@@ -236,13 +238,14 @@ class Backbone:
             # An option that is the right answer, as one is, need not be scored twice.
             texts = list(dict.fromkeys((i, tuple(text)) for i, text in wanted))
             loss_of = dict(zip(texts, self._text_losses(begun, texts, soft_prompts.shape[1] + len(chunk[0])), strict=True))
+            scored = dict[int, tuple[float, ...]]()
             said = self._generate(begun, chunk, sorted(set(range(len(chunk))) - set(choosing)))
             for i in choosing:
-                options = [loss_of[i, tuple(option)] for option in chunk[i].option_ids]
-                said[i] = chunk[i].example.options[options.index(min(options))]
+                scored[i] = tuple(loss_of[i, tuple(option)] for option in chunk[i].option_ids)
+                said[i] = chunk[i].example.options[scored[i].index(min(scored[i]))]
             for i, n in enumerate(numbers):
                 target = tuple(chunk[i].target_ids)
-                answers[n] = Answer(said[i], loss_of[i, target] / len(target) if losses else math.nan)
+                answers[n] = Answer(said[i], loss_of[i, target] / len(target) if losses else math.nan, scored.get(i, ()))
 
         with torch.inference_mode():
             self.answer_budget.in_passes([soft_prompts.shape[1] + len(e) for _, e in rows], work)

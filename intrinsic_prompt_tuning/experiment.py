@@ -111,7 +111,9 @@ class Experiment(Context):
         if stage == "one answer for all":
             header["data"] = sample_digest(self.sample(task, COLLECTION_SEED))
             return Result(header)
-        return Result(header, inputs, Cost(0, len(test), len(test) * self.row_tokens(test)))
+        looked_at = len(inputs) * len(self.sample(task, COLLECTION_SEED).train) if stage == "nearest" else 0
+        rows = len(test) + looked_at
+        return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(test)))
 
     # --- Making them
 

@@ -24,7 +24,16 @@ def commands() -> list[str]:
 
 
 def test_the_readme_names_every_command() -> None:
-    assert {command.split()[0] for command in commands()} == {"run", "collect", "fit-subspace", "tune", "eval", "tasks"}
+    assert {command.split()[0] for command in commands()} == {
+        "run",
+        "collect",
+        "fit-subspace",
+        "tune",
+        "eval",
+        "predict",
+        "export",
+        "tasks",
+    }
 
 
 @pytest.mark.parametrize("command", commands())

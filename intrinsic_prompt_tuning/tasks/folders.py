@@ -107,6 +107,27 @@ def parse_row(where: str, line: str) -> Example:
     return Example(text, tuple(answers), tuple(options), tail)
 
 
+def parse_input(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
+    """Read a new input: text, or a JSON object with `input` and, if it has them, `task` and `options`.
+
+    Returns:
+        Task (empty where none is named), input, options.
+
+    Raises:
+        IptError: it begins as an object and is not such a one.
+    """
+    if not line.lstrip().startswith("{"):
+        return "", line, ()
+    try:
+        row = json.loads(line)
+        task, text, options = row.get("task", ""), row["input"], row.get("options") or []
+    except (ValueError, KeyError, RecursionError) as error:
+        raise IptError(f"{where}: expected text, or a JSON object with input ({error!r})") from error
+    if not isinstance(options, list) or not all(isinstance(part, str) for part in (task, text, *options)):
+        raise IptError(f"{where}: expected text in input and task, and a list of texts in options")
+    return task, text, tuple(options)
+
+
 def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
     """Find the tasks of a folder of few-shot files.
 
