@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
-from intrinsic_prompt_tuning.finding import SubspaceConfig, check_dim
+from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, wanted_scores
 from intrinsic_prompt_tuning.results import Reporter, Result
@@ -49,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
+STOPPED_BY = [signal.SIGINT]
 stderr = Console(stderr=True, highlight=False)
 
 # --- Options -------------------------------------------------------------------------------------
@@ -109,7 +110,11 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
                 values |= {name: value for name, value in QUICK_SETTINGS.items() if values[name] is None}
             # `tune` has one rate, of whatever it tunes.
             values.setdefault("vector_learning_rate", values.get("learning_rate"))
-            command(Experiment.of(values, Terminal()), **{name: values[name] for name in own})
+            try:
+                command(Experiment.of(values, Terminal()), **{name: values[name] for name in own})
+            except KeyboardInterrupt:
+                Terminal().say("stopped: what is done is kept, and the same command goes on from here")
+                raise SystemExit(128 + STOPPED_BY[-1]) from None
 
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -180,7 +185,6 @@ def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = F
 
     Example: ipt fit-subspace --dim 250 --dim 10
     """
-    check_dims(x, dim or [250])
     prompts = x.collected()
     subspaces = [x.subspace("subspace", one, prompts) for one in dim or [250]]
     x.make(subspaces, dry_run=dry_run)
@@ -206,7 +210,6 @@ def tune(
     if space == "prompt":
         wanted = flat(x.soft_prompts(x.with_rows(tasks, data_seed), data_seed))
     else:
-        check_dims(x, dim or [250])
         spaces = [x.choose_subspace(space, one, subspace) for one in dim or [250]]
         good = x.with_rows(tasks, data_seed)
         wanted = [result for found in spaces for result in flat(x.intrinsic_vectors(good, data_seed, found, start))]
@@ -246,7 +249,6 @@ def run(
     Example: ipt run --quick
     """
     dims = dim or [250, 10]
-    check_dims(x, dims)
     if quick:
         x.restrict(x.named("seen")[::8] + x.named("unseen")[::5])
     prompts = x.soft_prompts(x.with_rows(x.named("seen", "unseen"), COLLECTION_SEED))
@@ -343,12 +345,6 @@ def show_task(x: Experiment, name: str, data_seed: int) -> None:
             options = f"   options: {' | '.join(e.example.options)}" if e.example.options else ""
             text = x.backbone.tokenizer.decode(e.input_ids)
             echo(f"  {len(e.input_ids)} tokens: {text} -> {len(e.target_ids)} tokens: {' / '.join(e.example.answers)}{options}")
-
-
-def check_dims(x: Experiment, dims: Iterable[int]) -> None:
-    """Refuse an intrinsic dimension that exceeds the prompt's, before any rows are drawn."""
-    for dim in dims:
-        check_dim(dim, x.prompt_space.initial_prompt)
 
 
 # --- What is printed -----------------------------------------------------------------------------
@@ -482,11 +478,17 @@ def common(
     """Take what stands before a command."""
 
 
+def stop(number: int, _: object) -> None:
+    """End as Ctrl-C does, which saves unfinished work."""
+    STOPPED_BY.append(signal.Signals(number))
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
     # Two threads that wait by spinning are many times slower than one where another process wants a core, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: unfinished work is saved
+    signal.signal(signal.SIGTERM, stop)
     try:
         app()
     except IptError as error:

@@ -187,6 +187,7 @@ class Context:
         Raises:
             IptError: some cannot, and nobody asked for leaving them out.
         """
+        _ = self.store  # a backbone that cannot be had is told before any data set is asked for
         failures, good = dict[str, str](), list[str]()
         for task in tasks:
             try:
@@ -195,8 +196,7 @@ class Context:
             except IptError as error:
                 failures[task] = str(error)
         if failures and not self.options.skip_missing:
-            sentences = "; ".join(failures.values())
-            raise IptError(f"{len(failures)} tasks cannot be had, leave them out with --skip-missing: {sentences}")
+            raise IptError(f"{len(failures)} tasks cannot be had, leave them out with --skip-missing: {_some(failures)}")
         self.leave_out(failures)
         return good
 
@@ -210,7 +210,7 @@ class Context:
     def finish(self) -> None:
         """End with an error that lists what was left out, if anything was."""
         if self.left_out:
-            raise IptError(f"{len(self.left_out)} were left out: " + "; ".join(self.left_out.values()))
+            raise IptError(f"{len(self.left_out)} were left out: {_some(self.left_out)}")
 
     def sample(self, task: str, data_seed: int) -> Sample:
         """Return a task's rows as text, drawn once on this machine."""
@@ -287,6 +287,12 @@ class Context:
             case _:
                 space = self.space(score.inputs[1][0])
                 return space.back_project(self._tensor(score.inputs[0], "intrinsic_vector", (space.dim,))[None])[0]
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    """Return the first few sentences, and how many more there are."""
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return "; ".join(list(reasons.values())[:5]) + more
 
 
 def sample_digest(sample: Sample) -> str:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -376,3 +377,14 @@ def test_position_bias_and_mask_are_joined_once_a_pass_with_the_result_of_transf
         torch.testing.assert_close(a, b)
     assert len(at_every_layer) == 9, "three layers, each of the encoder, of the decoder, and between them"
     assert once == [1, 1, 1], "the fused kernels of a GPU take no other layout"
+
+
+def test_a_line_of_megabytes_is_cut_at_once_to_the_tokens_of_its_ends(backbone: Backbone) -> None:
+    words = ["the", "fox", "sees", "one", "cups", "on", "monday"]
+    text = " ".join(words[n % 7] for n in range(700_000))
+    begin = time.perf_counter()
+    (row,) = backbone.encode([Example(text, ("one",), tail=20)], prompt_length=3)
+    assert time.perf_counter() - begin < 1
+    ids = backbone.tokenizer(text[:4000]).input_ids[:-1], backbone.tokenizer(text[-4000:]).input_ids
+    assert row.truncated and len(row.input_ids) == backbone.max_length - 3
+    assert row.input_ids[:15] == ids[0][:15] and row.input_ids[-4:] == ids[1][-4:]

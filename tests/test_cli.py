@@ -1032,3 +1032,40 @@ def test_the_dimensions_needed_stand_below_the_table(capsys: pytest.CaptureFixtu
     ipt.print_report(report | {"no_better_than_no_prompt": []}, False, per_task=False, wide=False)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["subspace", "T_test(IST)", "7.2"] in lines and ["random", "T_test(IST)", "more"] in lines
+
+
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", raise_at(2, torch.autograd.grad))
+    result = cli("collect", *SHORT, "--slots", 3)
+    assert result.code == 130
+    assert "stopped: what is done is kept, and the same command goes on from here" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_terminated_command_saves_what_is_under_way_and_exits_with_143(shared_options: list[object], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        ipt.__file__,
+        "collect",
+        *shared_options,
+        "--cache",
+        tmp_path,
+        "--steps",
+        100_000,
+        "--batch-size",
+        2,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while not list(tmp_path.glob("*/claims")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(2)
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143, told
+    assert "stopped: what is done is kept" in told
+    assert list(tmp_path.glob("*/soft-prompts/*.unfinished")) and not list(tmp_path.glob("*/claims"))
