@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
-from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.errors import IptError, UnwritableError, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
@@ -193,6 +193,8 @@ class Context:
             try:
                 self.sample(task, data_seed)
                 good.append(task)
+            except UnwritableError:
+                raise
             except IptError as error:
                 failures[task] = str(error)
         if failures and not self.options.skip_missing:

@@ -45,7 +45,7 @@ class Experiment(Context):
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
         cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers)
         choice: Choice = ()
-        for rate in rates:  # a task that is solved at one rate needs no other
+        for rate in sorted(rates, reverse=True):  # a task that is solved at one rate needs no smaller one
             choice += (Result({**header, **of, "learning_rate": rate}, inputs, cost, instead_of=choice),)
         return choice
 
@@ -103,7 +103,7 @@ class Experiment(Context):
         if stage in ("MSF", "IST"):
             about["subspace"] = inputs[1][0].name
         elif stage in ("mean", "nearest"):
-            about |= {"space": stage, "dim": 0}
+            about |= {"space": stage, "dim": 0, "subspace": digest([names(choice) for choice in inputs])}
         header = self.header(
             "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(test),
             of=[names(choice) for choice in inputs], **about,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, UnwritableError
 from intrinsic_prompt_tuning.lazy import torch
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write to a temporary name, flush, rename.
 
     Raises:
-        IptError: the disk is full, or the folder cannot be written.
+        UnwritableError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -62,7 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise IptError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
+        raise UnwritableError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -220,8 +220,13 @@ class Store:
 
     def best(self, choice: Choice) -> tuple[Result, dict[str, Any], dict[str, Tensor]]:
         """Return the best of a choice by validation score, then by validation loss: itself, its record, its tensors."""
-        made = [result for result in choice if not result.instead_of or self.path(result).exists()]
-        read = [(result, *self.read(result)) for result in made]
+        read: list[tuple[Result, dict[str, Any], dict[str, Tensor]]] = []
+        for result in sorted(choice, key=lambda it: (-it.header.get("learning_rate", 0), it.name)):
+            if result.instead_of and not self.path(result).exists():
+                continue
+            read.append((result, *self.read(result)))
+            if read[-1][1].get("validation") == 1:
+                break  # so that what is best depends on the names alone, whether or not the rest was made
         return max(read, key=lambda it: (it[1].get("validation", 0), -it[1].get("validation_loss", 0)))
 
     def found(self, kind: str) -> tuple[list[Result], dict[str, str]]:
@@ -229,7 +234,8 @@ class Store:
         results, unusable = list[Result](), dict[str, str]()
         for path in sorted((self.folder / f"{kind}s").glob("*.safetensors")):
             try:
-                result = Result(read_header(path))
+                # Of a subspace, which may be large, the tensors are checked when they are used.
+                result = Result(read_header(path) if kind == "subspace" else read_file(path)[0])
                 if result.header.get("backbone") != self.fingerprint:
                     made_for = str(result.header.get("backbone"))[:8]
                     raise IptError(

@@ -202,7 +202,7 @@ def test_a_grid_of_learning_rates_is_a_choice(build: Build) -> None:
     x = build(learning_rate=[0.1, 0.3])
     choices = x.soft_prompts(["mood-good", "count-next"])
     found = {task: [result.header["learning_rate"] for result in choice] for task, choice in choices.items()}
-    assert found == {"mood-good": [0.1, 0.3], "count-next": [0.1, 0.3]}
+    assert found == {"mood-good": [0.3, 0.1], "count-next": [0.3, 0.1]}
     one, two = (result.header for result in choices["mood-good"])
     assert {name for name in one if one[name] != two[name]} == {"learning_rate"}
 
@@ -752,3 +752,25 @@ def test_a_score_is_a_file_without_tensors(x: Experiment) -> None:
     record, tensors = x.store.read(score)
     assert (sorted(record), record["n"], tensors) == (["n", "score"], 10, {})
     assert json.dumps(score.header)
+
+
+def test_what_is_best_of_a_grid_stays_when_a_rate_that_was_not_needed_is_made_later(build: Build) -> None:
+    x = build(learning_rate=[0.1, 0.3])
+    (choice,) = x.soft_prompts(["mood-good"]).values()
+    prompts = list(made_up(x).values())
+    assert [result.header["learning_rate"] for result in choice] == [0.3, 0.1], (
+        "the largest rate is tried first, in whatever order"
+    )
+    x.store.save(Made(choice[0], {"validation": 1.0, "validation_loss": 0.5}, {"soft_prompt": prompts[0]}))
+    assert x.store.missing(choice) == [] and x.store.best(choice)[0] is choice[0]
+    x.store.save(Made(choice[1], {"validation": 1.0, "validation_loss": 0.1}, {"soft_prompt": prompts[1]}))
+    assert x.store.best(choice)[0] is choice[0]
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_leave_tasks_out(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    x = build(cache=tmp_path / "cache", skip_missing=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "samples").write_text("in the way")
+    with pytest.raises(IptError, match="cannot write"):
+        x.with_rows(["mood-good"], 100)
