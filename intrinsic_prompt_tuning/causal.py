@@ -34,8 +34,6 @@ class Begun:
     """Keys and values of prompt and input."""
     mask: Tensor
     """(rows, length): which of them are real."""
-    lengths: Tensor
-    """(rows,): how many are."""
 
     def of(self, rows: Sequence[int]) -> Begun:
         """Return some rows, perhaps several times; what follows in one is not seen in another."""
@@ -43,7 +41,7 @@ class Begun:
         chosen = transformers.DynamicCache()
         for number, layer in enumerate(self.cache.layers):
             chosen.update(layer.keys[at], layer.values[at], number)
-        return Begun(self.logits[at], chosen, self.mask[at], self.lengths[at])
+        return Begun(self.logits[at], chosen, self.mask[at])
 
 
 class Causal:
@@ -87,11 +85,10 @@ class Causal:
 
     def _go_on(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray) -> Begun:
         """Run the model on (rows, length, hidden), of which some are real, behind what a cache holds; keep the last logits."""
-        lengths = before.sum(1) + real.sum(1)
         last = np.arange(len(real)) * real.shape[1] + real.sum(1) - 1
         logits = self._logits(embeddings, real, cache, before, last)
         mask = np.concatenate([before, real], axis=1)
-        return Begun(logits, cache, to_device(mask, embeddings.device), to_device(lengths, embeddings.device))
+        return Begun(logits, cache, to_device(mask, embeddings.device))
 
     def _logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
