@@ -21,8 +21,8 @@ from intrinsic_prompt_tuning.tasks.splits import split_tasks
 from intrinsic_prompt_tuning.tasks.worlds import World, WorldText, world_task
 
 __all__ = [
-    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "kept", "load_tasks",
-    "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
+    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "check_names", "find_few_shot_tasks", "kept",
+    "load_tasks", "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).parents[1]

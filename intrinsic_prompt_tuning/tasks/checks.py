@@ -55,9 +55,11 @@ def check(value: Any, hint: Any, where: str) -> None:
     if not isinstance(value, _plain(hint)):
         raise IptError(f"{where} must be {NAMES_OF_TYPES[_plain(hint)]}, not {described(value)}")
     if kind is Literal and value not in inner:
-        raise IptError(f"{where} is '{_short(value)}'{nearest(value, inner)}; it can be {', '.join(inner)}")
+        raise IptError(f"{where} is '{_short(value)}'{nearest(value, inner)}; it can be {', '.join(filter(None, inner))}")
     entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
     for entry, item in entries:
+        if kind is dict and not (inner[0] is Any or isinstance(entry, inner[0])):
+            raise IptError(f"{where}, entry '{_short(entry)}': its name must be text (quote it)")
         check(item, inner[-1], f"{where}, entry '{_short(entry)}'")
 
 
@@ -67,14 +69,19 @@ def _plain(hint: Any) -> Any:
     return str if kind is Literal else kind
 
 
-def check_format(template: str, where: str) -> None:
-    """Refuse a template that does more than put text into places: conversions, widths, which could fill the memory."""
+def check_format(template: str, where: str) -> list[str]:
+    """Refuse a template that does more than put text into places: conversions, widths, which could fill the memory.
+
+    Returns:
+        The names of the places, in order.
+    """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise IptError(f"{where} cannot be read ({error}); double a brace that is meant as text") from error
     if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
         raise IptError(f"{where}: a field of the template is a bare {{column}}, without '!' or ':' and not empty")
+    return [name for _, name, _, _ in parts if name]
 
 
 def described(value: Any) -> str:

@@ -166,12 +166,12 @@ def missing_files(folder: Path, tasks: Mapping[str, Task], wanted: Iterable[str]
         if name not in tasks:
             sentences.append(f"task '{name}' is not in {folder}")
             continue
-        here = {path.name for path in (folder / name).iterdir()}
-        absent = [
-            str(seed) for seed in seeds if not any(re.fullmatch(rf"{re.escape(name)}_\d+_{seed}_dev\.\w+", own) for own in here)
-        ]
+        matches = [FEW_SHOT_FILE.fullmatch(path.name) for path in (folder / name).iterdir()]
+        here = {(match["k"], match["seed"], match["part"]) for match in matches if match and match["task"] == name}
+        whole = {seed for k, seed, part in here if part == "train" and (k, seed, "dev") in here}
+        absent = [str(seed) for seed in seeds if str(seed) not in whole]
         sentences += [f"task '{name}' lacks data seeds {', '.join(absent)}"] if absent else []
-        sentences += [] if any("_test." in own for own in here) else [f"task '{name}' has no test file"]
+        sentences += [] if any(part == "test" for *_, part in here) else [f"task '{name}' has no test file"]
     return sentences
 
 
@@ -182,7 +182,8 @@ def kept(task: Task, folder: Path) -> Task:
     """
 
     def draw(data_seed: int, shots: int, test_rows: int | None) -> Sample:
-        name = digest({"definition": task.definition, "metric": task.metric, "shots": shots, "test rows": test_rows})
+        # As it is written: the order of labels, slots and replacements tells on the rows.
+        name = digest({"definition": repr(task.definition), "metric": task.metric, "shots": shots, "test rows": test_rows})
         k = shots if task.kind == "classification" else 2 * shots
         own = folder / f"{task.name}-{name}" / task.name
         stems = {part: f"_{k}_{data_seed}_{part}" for part in ("train", "dev")} | {"test": f"_{k}_{data_seed}_test"}

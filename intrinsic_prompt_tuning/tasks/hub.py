@@ -81,7 +81,7 @@ class HubRow:
     pick: Literal["", "text", "label", "letter", "index", "number", "free"] = ""
     """What `answer` holds: the right option's `text`, its `label`, its `letter` (A, B ...), its `index` from 0 or its `number`
     from 1; `free` when it is no option but a text of its own."""
-    verbalizer: dict[str, str] = field(default_factory=dict)
+    verbalizer: dict[Any, str] = field(default_factory=dict)
     """Label -> the words that answer it; the words are the options."""
     references: Literal["", "unique", "sorted"] = ""
     """`unique` drops empty and repeated references, `sorted` also sorts them. CrossFit left the order of unique ones to chance,
@@ -103,6 +103,8 @@ class HubRow:
                     yield self._example(record)
         except KeyError as error:  # only a transform can raise it
             raise IptError(f"{self.where}: transform needs column {error}, which the data lacks") from error
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise IptError(f"{self.where}: the data do not fit what the row says of them ({error!r})") from error
 
     def _edited(self, record: Record) -> Record:
         """Apply `replace`, and `clean` where it names columns."""
@@ -198,7 +200,8 @@ class HubRow:
     @property
     def is_local(self) -> bool:
         """Whether the rows come from files that a person may change at any time."""
-        return self.dataset in READERS and not any("://" in file for file in self.data_files.values())
+        remote = ["://" in file and not file.startswith("file:") for file in self.data_files.values()]
+        return self.dataset.startswith((".", "/", "~")) or (self.dataset in READERS and not all(remote))
 
     def _load_records(self, split: str) -> Iterator[Record]:
         """Read the records of one split through `datasets`; a failure names task, dataset and reason."""
@@ -256,14 +259,15 @@ def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
 
 def _check_row(row: HubRow) -> None:
     """Refuse what contradicts itself or cannot be read."""
-    for name, template in (("template", row.template), ("option_style", row.option_style)):
+    texts_with_places = [("template", row.template), ("option_style", row.option_style)]
+    for name, template in texts_with_places + [("replace", new) for new in row.replace.values()]:
         check_format(template, f"{row.where}: field '{name}'")
     named = template_fields(row.template)
     if row.truncate not in ("", "start", *named):
         raise IptError(f"{row.where}: truncate names '{row.truncate}', but the template has only {', '.join(named)}")
     if unknown := set(template_fields(row.option_style)) - {"letter", "text"}:
         raise IptError(f"{row.where}: option_style names '{unknown.pop()}', but there are only letter and text")
-    if row.transform and row.transform[0] not in TRANSFORMS:
+    if row.transform and (not isinstance(row.transform[0], str) or row.transform[0] not in TRANSFORMS):
         name = str(row.transform[0])
         raise IptError(
             f"{row.where}: there is no transform '{name}'{nearest(name, TRANSFORMS)}; there are {', '.join(TRANSFORMS)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ class World:
         """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
         self.slots = text.slots
         """Slot of the sentence -> the lexicon's table that fills it."""
-        check_format(text.sentence, f"{where}: 'sentence'")
+        for place in check_format(text.sentence, f"{where}: 'sentence'"):
+            if not re.fullmatch(r"\w+\.[^\W_]\w*", place):
+                raise IptError(f"{where}: expected 'sentence' with {{slot.column}}, not with {{{place}}}")
         tables = {table: build(LexiconTable, row, f"{where}, table '{table}'") for table, row in text.lexicon.items()}
         try:
             self.lexicon = {name: table.entries() for name, table in tables.items()}
@@ -218,6 +221,8 @@ def _examples(world: World, question: str, kind: str, rng: random.Random, parts:
 def _draw_options(world: World, question: str, answer: str, rng: random.Random) -> tuple[str, ...]:
     """Return the answer among up to two other answers that the question can have, in random order."""
     options, most = {answer}, min(3, len(world.labels(question)))
-    while len(options) < most:
+    for _ in range(1000):  # two parts may exclude each other, so that fewer answers occur than there are labels
+        if len(options) == most:
+            break
         options.add(world.answer(question, world.draw(rng)))
     return tuple(rng.sample(sorted(options), len(options)))

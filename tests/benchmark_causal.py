@@ -1,0 +1,148 @@
+"""How fast is the engine on a causal model beside PEFT's prompt tuning?
+
+    python tests/benchmark_causal.py                  # SmolLM2-135M's shape, 2 tasks: some minutes on 2 CPU cores
+
+Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Sides, in turn, medians of the repeats:
+
+    a      PEFT's prompt tuning, task by task, as its documentation writes it: every row padded to the longest of all
+    A      the same, padded to the longest row of each batch
+    front  the engine, prompt in front
+    end    the engine, prompt behind the input, each input having been through the model once before
+    once   that one pass of all inputs of all steps, which a command pays a single time
+
+Ratios are of seconds for the same steps on as many rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import transformers
+from benchmark import machine, matrix_rate
+from peft import PromptTuningConfig, TaskType, get_peft_model
+
+from intrinsic_prompt_tuning.backbone import Backbone, Encoded
+from intrinsic_prompt_tuning.causal import Causal, PromptAt
+from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.spaces import Space
+from intrinsic_prompt_tuning.tasks import Example
+from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, minibatch, step
+
+SHAPE = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make_rows(tasks: int, seed: int = 0) -> list[list[Encoded]]:
+    rng = random.Random(seed)
+
+    def row() -> Encoded:
+        ids = [rng.randrange(5, SHAPE["vocab_size"]) for _ in range(rng.randint(50, 150))]
+        answer = [rng.randrange(5, SHAPE["vocab_size"]) for _ in range(3)]
+        return Encoded(ids, answer, [], Example("", ("",)), 3, False)
+
+    return [[row() for _ in range(32)] for _ in range(tasks)]
+
+
+def engine(
+    model: torch.nn.Module, rows: list[list[Encoded]], at: PromptAt, batch_size: int
+) -> tuple[Backbone, Space, JobTable, TuneConfig]:
+    lm = Causal(model, 0, at, end=1)
+    budgets = (Budget(1 << 10), Budget(1 << 11)) if model.device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
+    backbone = Backbone("benchmark", lm, SimpleNamespace(pad_token_id=0), max_length=1 << 13, budgets=budgets)
+    with torch.no_grad():
+        initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()
+    space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), backbone.device)
+    for number, own in enumerate(rows):
+        theta, draw = torch.zeros(space.dim), lambda own=own: (own, [])
+        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=draw))
+    return backbone, space, table, TuneConfig(steps=1000, batch_size=batch_size)
+
+
+def steps_of(side: tuple, steps: int) -> None:
+    for _ in range(steps):
+        step(*side)
+    float(side[2].state["last_loss"].sum())  # waits for the device
+
+
+def peft_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, batch_size: int, *, full: bool) -> None:
+    longest = max(len(row.input_ids) + len(row.target_ids) for own in rows for row in own)
+    for own in rows:
+        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20)
+        tuned = get_peft_model(model, config).train()
+        optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=0.3)
+        for number in range(steps):
+            batch = [own[n] for n in minibatch(len(own), batch_size, 100, number)]
+            width = longest if full else max(len(row.input_ids) + len(row.target_ids) for row in batch)
+            gaps = [width - len(row.input_ids) - len(row.target_ids) for row in batch]
+            ids = [[0] * gap + row.input_ids + row.target_ids for gap, row in zip(gaps, batch, strict=True)]
+            labels = [[-100] * (width - len(row.target_ids)) + row.target_ids for row in batch]
+            mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+            on_device = (torch.tensor(values, device=model.device) for values in (ids, mask, labels))
+            tuned(**dict(zip(("input_ids", "attention_mask", "labels"), on_device, strict=True))).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(device).eval().requires_grad_(False)
+    rows, taken = make_rows(arguments.tasks), (arguments.steps, arguments.batch_size)
+    front = engine(model, rows, "front", arguments.batch_size)
+    end = engine(model, rows, "end", arguments.batch_size)
+    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, torch.float32) / 1e9:.0f} GFLOP/s")
+
+    def once() -> None:
+        end[0].lm.kept.clear()
+        end[0].lm._kept_bytes = 0.0
+        inputs = [own[n].input_ids for own in rows for n in range(len(own))]
+        for start in range(0, len(inputs), 8):
+            with torch.no_grad():
+                end[0].lm._inputs_once(inputs[start : start + 8])
+
+    sides: dict[str, Callable[[], None]] = {
+        "a": lambda: peft_loop(model, rows, *taken, full=True),
+        "A": lambda: peft_loop(model, rows, *taken, full=False),
+        "front": lambda: steps_of(front, arguments.steps),
+        "once": once,
+        "end": lambda: steps_of(end, arguments.steps),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(arguments.repeats):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            side()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    middle = {name: statistics.median(own) for name, own in seconds.items()}
+    for name, own in seconds.items():
+        print(
+            f"{name}: {middle[name]:.2f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.2f}' for s in own)}"
+        )
+    print(", ".join(f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in ("a", "A")))
+    for steps in (100, 1000):
+        share = steps / arguments.steps
+        whole = middle["once"] + share * middle["end"]
+        print(
+            f"{steps} steps with the one pass of all inputs: A/end {share * middle['A'] / whole:.2f}, a/end {share * middle['a'] / whole:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
