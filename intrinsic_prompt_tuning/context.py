@@ -29,7 +29,6 @@ from intrinsic_prompt_tuning.tasks import (
     Example,
     Sample,
     Task,
-    check_names,
     find_few_shot_tasks,
     kept,
     load_tasks,
@@ -107,7 +106,6 @@ class Context:
         self.tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
         known = load_tasks(options.tasks_file)
         self.tasks = find_few_shot_tasks(options.data, known) if options.data else known
-        check_names(self.tasks, options.data or options.tasks_file)
         self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
         """The split's tasks and what they are in it: seen or unseen."""
         self.left_out: dict[str, str] = {}

@@ -103,3 +103,8 @@ def test_a_wrong_list_of_tasks_is_refused(tmp_path: Path, text: str, message: st
 def test_a_list_of_tasks_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IptError, match=r"there is no file .*mine\.yaml: name another with --tasks-file or --split"):
         split_tasks(TASKS, str(tmp_path / "mine.yaml"), {})
+
+
+def test_a_subset_that_names_an_unknown_task_is_refused(tasks: dict[str, Task]) -> None:
+    with pytest.raises(IptError, match="the split 'few' names the task 'mood-god', which is not there; did you mean 'mood-good'"):
+        split_tasks(tasks, "few", {"few": ["mood-god"]})

@@ -6,22 +6,20 @@ seen; checks.py reads what people write in YAML.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks.checks import build, read_mapping
 from intrinsic_prompt_tuning.tasks.crossfit import CROSSFIT_SEEDS
-from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, rows_digest
+from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
 from intrinsic_prompt_tuning.tasks.folders import find_few_shot_tasks, kept, missing_files
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 from intrinsic_prompt_tuning.tasks.splits import split_tasks
 from intrinsic_prompt_tuning.tasks.worlds import World, WorldText, world_task
 
 __all__ = [
-    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "check_names", "find_few_shot_tasks", "kept",
+    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "kept",
     "load_tasks", "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
 ]  # fmt: skip
 
@@ -29,8 +27,6 @@ _PACKAGE = Path(__file__).parents[1]
 TASKS_FILE = next(file for file in (_PACKAGE / "tasks.yaml", _PACKAGE.parent / "tasks.yaml") if file.exists())
 """Installed inside the package; in a clone beside it."""
 PARTS = {"worlds": dict[str, Any], "subsets": dict[str, list[str]]}
-RESERVED = re.compile(r"(?i)\.*|con|prn|aux|nul|com\d|lpt\d")
-"""Names that some file systems keep for themselves."""
 
 
 def load_tasks(file: Path) -> dict[str, Task]:
@@ -40,27 +36,12 @@ def load_tasks(file: Path) -> dict[str, Task]:
         IptError: for the first thing in the file that cannot be read or is wrong.
     """
     rows, worlds, tasks = _content(file)["tasks"], load_worlds(file), dict[str, Task]()
+    check_names(rows, file)
     for name, row in rows.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name) or RESERVED.fullmatch(name.partition(".")[0]):
-            raise IptError(
-                f"{file}: {str(name)[:120]!r} cannot be a task's name: expected at most 100 letters, digits, '.', '_' and '-', "
-                "and no name that a system keeps (quote yes and no)"
-            )
         tasks[name] = (
             world_task(name, row, worlds, file) if isinstance(row, dict) and "world" in row else hub_task(name, row, file)
         )
-    check_names(tasks, file)
     return tasks
-
-
-def check_names(tasks: Mapping[str, Task], where: Path) -> None:
-    """Refuse names that differ by case only: many file systems take them for one."""
-    folded: dict[str, str] = {}
-    for name in tasks:
-        if (other := folded.setdefault(name.casefold(), name)) != name:
-            raise IptError(
-                f"{where}: the tasks '{other}' and '{name}' differ by case only, which file systems may fold: rename one"
-            )
 
 
 def load_worlds(file: Path) -> dict[str, World]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from intrinsic_prompt_tuning.errors import IptError
@@ -94,3 +96,26 @@ class Task:
 def rows_digest(examples: Iterable[Example]) -> str:
     """Return a name for rows, so that a result is never taken for one on other data."""
     return digest([[e.input, e.answers, e.options, e.tail] for e in examples])
+
+
+RESERVED = re.compile(r"(?i)\.*|con|prn|aux|nul|com\d|lpt\d")
+"""Names that some file systems keep for themselves."""
+
+
+def check_names(names: Iterable[object], where: Path) -> None:
+    """Refuse what cannot be a task's name: it stands in file names, and many file systems take two cases for one.
+
+    Raises:
+        IptError: for the first such name.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name) or RESERVED.fullmatch(name.partition(".")[0]):
+            raise IptError(
+                f"{where}: {str(name)[:120]!r} cannot be a task's name: expected at most 100 letters, digits, '.', '_' and '-', "
+                "and no name that a system keeps (quote yes and no)"
+            )
+        if (other := folded.setdefault(name.casefold(), name)) != name:
+            raise IptError(
+                f"{where}: the tasks '{other}' and '{name}' differ by case only, which file systems may fold: rename one"
+            )

@@ -14,7 +14,7 @@ from pathlib import Path
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import digest, write_bytes
 from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
-from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task
+from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names
 
 FEW_SHOT_FILE = re.compile(r"(?P<task>.+?)(_(?P<k>\d+)_(?P<seed>\d+))?_(?P<part>train|dev|test)\.(tsv|jsonl)")
 
@@ -142,6 +142,7 @@ def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Ta
         match = FEW_SHOT_FILE.fullmatch(path.name)
         if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
             found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
+    check_names(found, folder)
     sources = [FewShotFiles(task=name, files=files) for name, files in found.items()]
     tasks = {source.task: _task_of(source, known.get(source.task)) for source in sources if source.seeds}
     if not tasks:

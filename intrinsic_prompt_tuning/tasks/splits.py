@@ -38,7 +38,7 @@ def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequ
     if name in subsets:
         for task in subsets[name]:
             if task not in tasks:
-                raise IptError(f"the split '{name}' names the task '{task}', which there is not{nearest(task, tasks)}")
+                raise IptError(f"the split '{name}' names the task '{task}', which is not there{nearest(task, tasks)}")
         return dict.fromkeys(subsets[name], "seen") | {task: role for task, role in base.items() if role != "seen"}
     known = sorted({*subsets, *types.values(), *(split for task in tasks.values() for split in task.splits)})
     if name not in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import zlib
@@ -68,6 +69,7 @@ class World:
             self._entries = {slot: self.lexicon[table] for slot, table in self.slots.items()}
             self._known = {slot: {v for c in self.columns(slot) for v in self.values(slot, c)} for slot in self.slots}
             self.describe(self.draw(random.Random(0)))
+            json.dumps(vars(text), ensure_ascii=False).encode()  # half a character cannot be written
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise IptError(
                 f"{where}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table), 'lexicon' "
