@@ -196,9 +196,8 @@ class Backbone:
         limit = min(limit, self.positions or limit)
         room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
         # Of text far beyond the room only the ends are looked at, so only they need to become tokens.
-        most = 64 * room
-        texts = [e.input if len(e.input) <= 2 * most else e.input[:most] + e.input[-most:] for e in examples]
-        inputs = self.layout.inputs(texts)
+        end = 64 * room
+        inputs = self.layout.inputs([e.input if len(e.input) <= 2 * end else e.input[:end] + e.input[-end:] for e in examples])
         return [
             Encoded(self._around(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
             for own, e in zip(inputs, examples, strict=True)

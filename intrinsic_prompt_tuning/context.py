@@ -19,7 +19,7 @@ from intrinsic_prompt_tuning.errors import IptError, UnwritableError, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
-from intrinsic_prompt_tuning.passes import Budget, first_budgets
+from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
 from intrinsic_prompt_tuning.settings import TESTBED, Setting, settled
@@ -113,6 +113,8 @@ class Context:
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
+        self._collections: dict[tuple[str, ...], Tensor] = {}
+        self._known_budgets: list[list[float]] = []
         self._measured: tuple[float, float] | None = None
 
     @classmethod
@@ -131,6 +133,7 @@ class Context:
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
         loaded.room(o.prompt_length)
+        self._known_budgets = _budgets(loaded)
         return loaded
 
     @cached_property
@@ -141,6 +144,7 @@ class Context:
         with contextlib.suppress(OSError, ValueError, TypeError):  # what was found out on the way is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
             self.backbone.budget, self.backbone.answer_budget = (Budget(int(tokens), float(most)) for tokens, most in numbers)
+            self._known_budgets = _budgets(self.backbone)
         return store
 
     @property
@@ -155,11 +159,10 @@ class Context:
 
     def remember_budgets(self) -> None:
         """Keep what was found out about how much fits into memory, for the next command on this machine."""
-        file, first = self._budget_file(self.store), first_budgets(self.backbone.device)
-        known = json.loads(file.read_bytes()) if file.exists() else [list(astuple(budget)) for budget in first]
-        found = [list(astuple(budget)) for budget in (self.backbone.budget, self.backbone.answer_budget)]
-        if rank() == 0 and found != known:
+        file, found = self._budget_file(self.store), _budgets(self.backbone)
+        if rank() == 0 and found != self._known_budgets:
             write_bytes(file, json.dumps(found).encode())
+            self._known_budgets = found
 
     @cached_property
     def prompt_space(self) -> Space:
@@ -250,7 +253,13 @@ class Context:
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:
         """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""
-        return torch.stack([self._tensor(choice, "soft_prompt", self.prompt_space.initial_prompt.shape) for choice in choices])
+        wanted, shape = list(choices), self.prompt_space.initial_prompt.shape
+        key = tuple(result.name for choice in wanted for result in choice)
+        if len(wanted) == 1:
+            return self._tensor(wanted[0], "soft_prompt", shape)[None]
+        if key not in self._collections:  # every job of a stage may ask for the same one
+            self._collections = {key: torch.stack([self._tensor(choice, "soft_prompt", shape) for choice in wanted])}
+        return self._collections[key]
 
     def _tensor(self, choice: Choice, name: str, shape: Sequence[int]) -> Tensor:
         """Return the tensor of the best of a choice, which must have this shape."""
@@ -289,6 +298,11 @@ class Context:
             case _:
                 space = self.space(score.inputs[1][0])
                 return space.back_project(self._tensor(score.inputs[0], "intrinsic_vector", (space.dim,))[None])[0]
+
+
+def _budgets(backbone: Backbone) -> list[list[float]]:
+    """Return what a file remembers of how much fits into memory at once."""
+    return [list(astuple(budget)) for budget in (backbone.budget, backbone.answer_budget)]
 
 
 def _some(reasons: Mapping[str, str]) -> str:

@@ -774,3 +774,18 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_leave_tasks_out(build: B
     (tmp_path / "cache" / "samples").write_text("in the way")
     with pytest.raises(IptError, match="cannot write"):
         x.with_rows(["mood-good"], 100)
+
+
+def test_a_damaged_note_of_what_fits_into_memory_costs_only_itself(build: Build) -> None:
+    x = build()
+    x.store.folder.mkdir(parents=True, exist_ok=True)
+    x.backbone.budget.tokens = 123
+    x.remember_budgets()
+    (note,) = x.store.folder.glob("budgets/*")
+    note.write_bytes(b"half")
+    other = build()
+    other.remember_budgets()
+    assert note.read_bytes() == b"half" and other.store.folder == x.store.folder
+    other.backbone.budget.tokens = 456
+    other.remember_budgets()
+    assert b"456" in note.read_bytes()

@@ -17,13 +17,19 @@ from intrinsic_prompt_tuning.ranks import own_share
 
 RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
 DIES = """
-import os, ipt
+import os, pathlib, time
+import ipt
 from intrinsic_prompt_tuning import tuning
-validate = tuning.validate
+validate, died = tuning.validate, pathlib.Path(__file__).with_name("died")
 def dying(*arguments):
     validate(*arguments)
     if os.environ["RANK"] == "1" and arguments[2].state["step"].max() == 4:
+        died.touch()
         os._exit(9)
+    for _ in range(600):  # else rank 0, which waits for nobody, might do all before rank 1 has begun
+        if os.environ["RANK"] == "1" or died.exists():
+            break
+        time.sleep(0.1)
 tuning.validate = dying
 ipt.main()
 """
