@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -37,7 +37,7 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, wanted_scores
+from intrinsic_prompt_tuning.report import make_report, report_text, wanted_scores
 from intrinsic_prompt_tuning.results import Reporter, Result
 from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.spaces import SpaceKind
@@ -357,6 +357,12 @@ def echo(text: str = "") -> None:
         sys.stdout.write(f"{text}\n")
 
 
+def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
+    """Print the paper's table for people, or all of it as one JSON object."""
+    told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
+    echo(json.dumps(told) if as_json else report_text(told, wide=wide))
+
+
 class Terminal(Reporter):
     """Shows a person what the stages do."""
 
@@ -396,69 +402,6 @@ class Terminal(Reporter):
 
         yield advance
         self.say(f"{label}: done in {time.monotonic() - begin:.0f} s")
-
-
-def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
-    """Print the paper's table for people, or all of it as one JSON object."""
-    if as_json:
-        echo(json.dumps(report if per_task else {name: value for name, value in report.items() if name != "scores"}))
-        return
-    echo(f"backbone {report['backbone']}, split {report['split']}, test scores; baselines with data seed {COLLECTION_SEED}\n")
-    print_table("prompt tuning|n|mean score|no prompt|one answer for all", [
-        [f"{role} tasks", row["n_tasks"], row["mean_score"], row["no_prompt"], row["one_answer"]]
-        for role, row in report["prompt_tuning"].items()
-    ])  # fmt: skip
-    print_rows(report["rows"], wide)
-    needed = [[space, quantity, dim] for space, own in report["dimensions_needed"].items() for quantity, dim in own.items()]
-    if needed:
-        print_table(
-            "space|quantity|dimensions needed for 90 % of gain", [[a, b, f"{dim:.1f}" if dim else "more"] for a, b, dim in needed]
-        )
-    for name, words in report["subspaces"].items():
-        echo(f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}")
-    if poor := report["no_better_than_no_prompt"]:
-        echo(f"prompt tuning is no better than no prompt on {len(poor)} tasks: {', '.join(poor)}")
-    if wide and report["rows_without_pretrained"]:
-        echo("seen tasks without those whose very question the backbone was trained on\n")
-        print_rows(report["rows_without_pretrained"], wide)
-    if per_task:
-        columns = ("task", "quantity", "dim", "space", "start", "data_seed", "value")
-        print_table("|".join(columns), [[score[column] for column in columns] for score in report["scores"]])
-
-
-def print_rows(rows: Sequence[Mapping[str, Any]], wide: bool) -> None:
-    """Print rows of the paper's table: in 100 columns what every reader needs, and what tells two rows apart; or every column."""
-
-    def interval(row: Mapping[str, Any], name: str) -> str:
-        low, high = row[f"{name}_low"], row[f"{name}_high"]
-        bounds = f" [{low:.3f} {high:.3f}]" if low is not None and high is not None else ""
-        return "-" if row[name] is None else f"{row[name]:.3f}{bounds}"
-
-    def cell(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda row: row[name][:8] if name == "subspace" and row[name] else row[name]
-
-    alike = len({(row["quantity"], row["space"], row["dim"]) for row in rows}) < len(rows)
-    shown = ["quantity", "space", "dim", "numbers"] + (["start", "data_seed", "subspace"] if wide or alike else [])
-    columns = {name.replace("_", " "): cell(name) for name in shown}
-    columns |= {"n": lambda row: row["n_tasks"], "E_rel": lambda row: interval(row, "e_rel")}
-    if wide:
-        columns |= {"excluded": lambda row: row["n_excluded"], "median": lambda row: row["median_ratio"],
-                    "ratio of means": lambda row: row["ratio_of_means"], "candidates": lambda row: row["candidates"]}  # fmt: skip
-    columns["gain"] = lambda row: interval(row, "gain") if wide else row["gain"]
-    columns["mean / prompt tuning"] = lambda row: f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
-    if rows:
-        print_table("|".join(columns), [[show(row) for show in columns.values()] for row in rows])
-
-
-def print_table(heads: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Print rows under heads, columns as wide as they need to be, whatever the terminal."""
-    shown = [heads.split("|")] + [
-        ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for row in shown:
-        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    echo()
 
 
 def print_version(asked: bool) -> None:

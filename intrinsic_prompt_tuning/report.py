@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -89,3 +89,64 @@ def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:
         groups.setdefault((subspace.header["space"], subspace.header["dim"]), {})[subspace.name] = subspace
     told = [differences(list(group.values())) for group in groups.values() if len(group) > 1]
     return {name: words for own in told for name, words in own.items()}
+
+
+# --- For people
+
+
+def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
+    """Write the paper's table and what stands beside it; every task's scores where the report has them."""
+    text = f"backbone {report['backbone']}, split {report['split']}, test scores; baselines with data seed {COLLECTION_SEED}\n\n"
+    text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", [
+        [f"{role} tasks", row["n_tasks"], row["mean_score"], row["no_prompt"], row["one_answer"]]
+        for role, row in report["prompt_tuning"].items()
+    ])  # fmt: skip
+    text += rows_text(report["rows"], wide)
+    needed = [[space, quantity, dim] for space, own in report["dimensions_needed"].items() for quantity, dim in own.items()]
+    if needed:
+        heads = "space|quantity|dimensions needed for 90 % of gain"
+        text += table_text(heads, [[a, b, f"{dim:.1f}" if dim else "more"] for a, b, dim in needed])
+    for name, words in report["subspaces"].items():
+        text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
+    if poor := report["no_better_than_no_prompt"]:
+        text += f"prompt tuning is no better than no prompt on {len(poor)} tasks: {', '.join(poor)}\n"
+    if wide and report["rows_without_pretrained"]:
+        text += "seen tasks without those whose very question the backbone was trained on\n\n"
+        text += rows_text(report["rows_without_pretrained"], wide)
+    if "scores" in report:
+        columns = ("task", "quantity", "dim", "space", "start", "data_seed", "value")
+        text += table_text("|".join(columns), [[score[column] for column in columns] for score in report["scores"]])
+    return text.removesuffix("\n")
+
+
+def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
+    """Write rows of the paper's table: in 100 columns what every reader needs, and what tells two rows apart; or every column."""
+
+    def interval(row: Mapping[str, Any], name: str) -> str:
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        bounds = f" [{low:.3f} {high:.3f}]" if low is not None and high is not None else ""
+        return "-" if row[name] is None else f"{row[name]:.3f}{bounds}"
+
+    def cell(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda row: row[name][:8] if name == "subspace" and row[name] else row[name]
+
+    alike = len({(row["quantity"], row["space"], row["dim"]) for row in rows}) < len(rows)
+    shown = ["quantity", "space", "dim", "numbers"] + (["start", "data_seed", "subspace"] if wide or alike else [])
+    columns = {name.replace("_", " "): cell(name) for name in shown}
+    columns |= {"n": lambda row: row["n_tasks"], "E_rel": lambda row: interval(row, "e_rel")}
+    if wide:
+        columns |= {"excluded": lambda row: row["n_excluded"], "median": lambda row: row["median_ratio"],
+                    "ratio of means": lambda row: row["ratio_of_means"], "candidates": lambda row: row["candidates"]}  # fmt: skip
+    columns["gain"] = lambda row: interval(row, "gain") if wide else row["gain"]
+    columns["mean / prompt tuning"] = lambda row: f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
+    return table_text("|".join(columns), [[show(row) for show in columns.values()] for row in rows]) if rows else ""
+
+
+def table_text(heads: str, rows: Sequence[Sequence[Any]]) -> str:
+    """Write rows under heads, columns as wide as they need to be, and an empty line."""
+    shown = [heads.split("|")] + [
+        ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join(lines) + "\n\n"
