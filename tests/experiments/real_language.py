@@ -87,13 +87,14 @@ def subspaces(arguments: argparse.Namespace) -> None:
         space.name: best_rate(x, [choice for choice in held_out if choice[0].inputs[0][0] is space]) for space in learned + others
     }
     print("rates by validation:", {f"{s.header['space']} {s.header['dim']}": rates[s.name] for s in learned + others}, flush=True)
-    other_data = []
-    for space in learned + others:
+    other_data: list[Choice] = []
+    ordered = sorted(learned + others, key=lambda space: (space.header["dim"] in DIMS[2:], space.header["space"] == "low-rank"))
+    for number, space in enumerate(ordered):
         x.rates = replace(x.rates, vector_learning_rate=[rates[space.name]])
         choices = list(x.intrinsic_vectors(seen, OTHER_SEED, space).values())
         x.make(every(choices))
         other_data += choices
-        if space is learned[-1] or space is others[-1]:
+        if number >= 3:  # a table as soon as two dims of both spaces are there
             tell(x, x.scores(prompts, [*learned, *others], held_out + other_data))
 
 
