@@ -14,7 +14,6 @@ This is the command line; what it calls is in the package `intrinsic_prompt_tuni
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect
 import json
 import os
@@ -33,20 +32,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, report_text, wanted_scores
-from intrinsic_prompt_tuning.results import Reporter, Result
-from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
+from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, tasks_text, wanted_scores
+from intrinsic_prompt_tuning.results import Reporter, Result, duration
+from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting, versions
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks.checks import read_mapping
 from intrinsic_prompt_tuning.tuning import TuneConfig
 from intrinsic_prompt_tuning.using import Source, export_adapter, predict, tuned_prompts
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
 STOPPED_BY = [signal.SIGINT]
@@ -64,7 +64,8 @@ def option(kind: type, name: str, flag: str = "") -> Any:
     flag = flag or f"--{(setting.name or name).replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag]
     shown = setting.shown_default or _shown(default, TESTBED_SETTINGS.get(name))
-    told = typer.Option(*names, min=setting.least, max=setting.most, help=setting.help, show_default=shown)
+    about = {"help": setting.help, "show_default": shown, "rich_help_panel": setting.panel or None}
+    told = typer.Option(*names, min=setting.least, max=setting.most, **about)
     return Annotated[value if NoneType in get_args(value) else value | None, told]
 
 
@@ -77,6 +78,34 @@ def _shown(default: Any, on_testbed: Any) -> Any:
     if on_testbed is not None:
         return f"{text(on_testbed)} on the testbed, else {text(default)}"
     return text(default) if default not in (None, False) else False
+
+
+def read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Take options from a file: those at its top, and those under the command's name; flags and the environment win."""
+    if file is None or context.parent is None:
+        return file
+    commands = context.parent.command.commands  # type: ignore[attr-defined]
+    flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
+    content, here = read_mapping(file), str(context.info_name)
+    given = {name: value for name, value in content.items() if name not in commands} | (content.get(here) or {})
+    known = {flag for own in flags.values() for flag in own}
+    for name, value in given.items():
+        flag = f"--{name}".replace("_", "-")
+        if flag not in known or (name not in content and flag not in flags[here]):
+            raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
+        if parameter := flags[here].get(flag):
+            several = parameter.multiple and not isinstance(value, list)
+            context.default_map = {**(context.default_map or {}), parameter.name: [value] if several else value}
+    return file
+
+
+def keep_options(x: Experiment, context: typer.Context, given: Mapping[str, Any]) -> None:
+    """Write all that a command was told, defaults among it, beside what it made: `--config` takes that file."""
+    if rank() == 0:
+        left_out = {*MANNERS, "cache", "processes", "help"}
+        flags = {str(p.name): p.opts[0][2:] for p in context.command.params if p.name not in left_out}
+        settled = x.settings() | {name: value for name, value in given.items() if value is not None}
+        x.keep_options(str(context.info_name), {flag: settled[name] for name, flag in flags.items() if name in settled})
 
 
 def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -93,13 +122,16 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
         parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[name]) for name, p in own.items()]
         settings = {f.name: option(kind, f.name) for kind in groups for f in fields(kind) if f.name not in own}
         added = {name: annotation for name, annotation in settings.items() if annotation is not None}
-        added |= {"processes": ProcessesOption} if in_processes else {}
+        added |= MANNERS | ({"processes": ProcessesOption} if in_processes else {})
         parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for name, a in added.items()
         ]
+        for parameter in parameters:  # every option can be given by the environment, too
+            parameter.annotation.__metadata__[0].envvar = f"IPT_{parameter.name.upper()}"
+            parameter.annotation.__metadata__[0].show_envvar = False
 
         @wraps(command)
-        def expanded(**values: Any) -> None:
+        def expanded(context: typer.Context, **values: Any) -> None:
             small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
             count = values.pop("processes", None) or n_processes(small)
             if in_processes and n_ranks() == 1 and count > 1:
@@ -109,13 +141,17 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
             if values.get("quick"):
                 values |= {name: value for name, value in QUICK_SETTINGS.items() if values[name] is None}
             # `tune` has one rate, of whatever it tunes.
-            values.setdefault("vector_learning_rate", values.get("learning_rate"))
+            values.setdefault("learning_rate", values.get("vector_learning_rate"))
+            terminal = Terminal(quiet=bool(values["quiet"]), verbose=bool(values["verbose"]), log=values["log"])
             try:
-                command(Experiment.of(values, Terminal()), **{name: values[name] for name in own})
+                x = Experiment.of(values, terminal)
+                command(x, **{name: values[name] for name in own})
+                keep_options(x, context, values)
             except KeyboardInterrupt:
-                Terminal().say("stopped: what is done is kept, and the same command goes on from here")
+                terminal.say("stopped: what is done is kept, and the same command goes on from here")
                 raise SystemExit(128 + STOPPED_BY[-1]) from None
 
+        parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return expanded
@@ -124,12 +160,28 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
 
 
 DIM_HELP = "Intrinsic dimension; repeat it for more."
-LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
 QUICK_SETTINGS = {"steps": 80, "subspace_steps": 50}
 ProcessesOption = Annotated[
     int | None,
-    typer.Option(min=1, max=64, help="Share the work.", show_default="one per core, at most 4, on the testbed, else 1"),
+    typer.Option(
+        min=1,
+        max=64,
+        help="Share the work.",
+        show_default="one per core, at most 4, on the testbed, else 1",
+        rich_help_panel=MACHINE,
+    ),
 ]
+MANNERS: dict[str, Any] = {
+    "config": Annotated[
+        Path | None, typer.Option(help="YAML file of options.", is_eager=True, callback=read_config, rich_help_panel=MACHINE)
+    ],
+    "log": Annotated[
+        Path | None, typer.Option(help="Add what happens to a file, a JSON object a line.", rich_help_panel=MACHINE)
+    ],
+    "quiet": Annotated[bool | None, typer.Option("--quiet", help="Say nothing but results and errors.", rich_help_panel=MACHINE)],
+    "verbose": Annotated[bool | None, typer.Option("--verbose", help="Say every validation, too.", rich_help_panel=MACHINE)],
+}
+"""What every command has."""
 TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.", show_default="all of the split")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
@@ -199,7 +251,7 @@ def tune(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False, dim: DimOption = None,
     data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace", start: StartOption = "random",
     subspace: Annotated[str, typer.Option(help="The beginning of a subspace's name, where there are several of one dim.")] = "",
-    learning_rate: option(Rates, "vector_learning_rate", "--learning-rate") = None,  # type: ignore[valid-type]
+    vector_learning_rate: option(Rates, "vector_learning_rate", "--learning-rate") = None,  # type: ignore[valid-type]
     dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune an intrinsic vector for each task.
@@ -248,19 +300,10 @@ def run(
 
     Example: ipt run --quick
     """
-    dims = dim or [250, 10]
     if quick:
         x.restrict(x.named("seen")[::8] + x.named("unseen")[::5])
-    prompts = x.soft_prompts(x.with_rows(x.named("seen", "unseen"), COLLECTION_SEED))
-    collection = {task: prompts[task] for task in x.with_rows(x.named("seen"), data_seed)}
-    if not collection:
-        raise IptError(f"the split {x.options.split} has no seen tasks to find a subspace with; 'ipt tasks' lists what it has")
-    spaces = [x.subspace(kind, one, collection) for kind in LEARNED_AND_RANDOM for one in dims]
-    spaces.append(x.subspace("low-rank", dims[0], collection))
-    challenges = [(list(collection), data_seed), (x.named("unseen"), COLLECTION_SEED)]
-    vectors = [choice for s in spaces for tasks, seed in challenges for choice in x.intrinsic_vectors(tasks, seed, s).values()]
-    scores = x.scores(prompts, spaces, vectors)
-    x.make([*flat(prompts), *spaces, *(result for choice in vectors for result in choice), *scores], dry_run=dry_run)
+    results, scores = x.whole(dim or [250, 10], data_seed)
+    x.make([*results, *scores], dry_run=dry_run)
     if not dry_run:
         print_report(make_report(x, scores), as_json, per_task=False, wide=wide)
     x.finish()
@@ -324,27 +367,13 @@ def tasks_command(
     names = [x.task(name).name for name in task or x.roles]
     if show:
         for name in names:
-            show_task(x, name, data_seed)
+            echo(sample_text(x, name, data_seed))
         return
-    row = "{:<52} {:<16} {:<20} {:<10} {}"
-    echo(row.format("task", "kind", "metric", "role", "source"))
-    for name in names:
-        known = x.task(name)
-        echo(row.format(name, known.kind, known.metric, x.roles.get(name, "-"), known.source).rstrip())
+    echo(tasks_text(x, names).rstrip("\n"))
     if x.options.data and not task:
         wanted = split_tasks(load_tasks(x.options.tasks_file), x.options.split, subsets(x.options.tasks_file))
         for sentence in missing_files(x.options.data, x.tasks, wanted, CROSSFIT_SEEDS):
             x.report.say(sentence)
-
-
-def show_task(x: Experiment, name: str, data_seed: int) -> None:
-    """Print a task's rows as the backbone gets them, with their lengths in tokens."""
-    for part, rows in zip(("train", "validation", "test"), x.encoded(name, data_seed), strict=True):
-        echo(f"{name}, {part}: {len(rows)} rows, {sum(e.truncated for e in rows)} truncated")
-        for e in rows[:8]:
-            options = f"   options: {' | '.join(e.example.options)}" if e.example.options else ""
-            text = x.backbone.tokenizer.decode(e.input_ids)
-            echo(f"  {len(e.input_ids)} tokens: {text} -> {len(e.target_ids)} tokens: {' / '.join(e.example.answers)}{options}")
 
 
 # --- What is printed -----------------------------------------------------------------------------
@@ -366,15 +395,34 @@ def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide:
 class Terminal(Reporter):
     """Shows a person what the stages do."""
 
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, log: Path | None = None) -> None:
+        """Say nothing, or more; add events to a file."""
+        self.quiet, self.verbose, self.log_file = quiet, verbose, log
+
     def say(self, text: str) -> None:
         """Print a message on stderr, once for all ranks."""
-        if rank() == 0:
+        if rank() == 0 and not self.quiet:
             stderr.print(text, markup=False, soft_wrap=True)
+
+    def log(self, event: str, **about: Any) -> None:
+        """Add a line to the log, whatever the rank; print it where every validation is asked for."""
+        if self.verbose:
+            figures = ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in about.items())
+            self.say(f"{event}: {figures}")
+        if self.log_file:
+            line = json.dumps({"time": round(time.time(), 3), "event": event} | about) + "\n"
+            try:
+                with self.log_file.open("a", encoding="utf-8") as file:
+                    file.write(line)  # one write, so that lines of several processes do not mix
+            except OSError as error:
+                raise IptError(
+                    f"cannot write {self.log_file}: {error.strerror or error}; name another file with --log"
+                ) from error
 
     @contextlib.contextmanager
     def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
         """Show a bar with what is left, or plain lines when stderr is no terminal; nothing when there is nothing to do."""
-        if not total or rank():
+        if not total or rank() or self.quiet:
             yield lambda done: None
             return
         if stderr.is_terminal:
@@ -397,20 +445,17 @@ class Terminal(Reporter):
             now = time.monotonic()
             if now - told > 20:
                 told = now
-                minutes = (now - begin) * (total - done) / max(1, done) / 60
-                self.say(f"{label}: {100 * done / total:.0f} %, {minutes:.1f} minutes left")
+                left = (now - begin) * (total - done) / max(1, done)
+                self.say(f"{label}: {100 * done / total:.0f} %, {duration(left)} left")
 
         yield advance
-        self.say(f"{label}: done in {time.monotonic() - begin:.0f} s")
+        self.say(f"{label}: done in {duration(time.monotonic() - begin)}")
 
 
 def print_version(asked: bool) -> None:
     """Print the versions that a report of a mistake needs, and end."""
     if asked:
-        packages = {"intrinsic-prompt-tuning": "ipt"} | {
-            name: name for name in ("torch", "transformers", "datasets", "safetensors")
-        }
-        echo(", ".join(f"{shown} {importlib.metadata.version(name)}" for name, shown in packages.items()))
+        echo(versions())
         raise typer.Exit
 
 

@@ -7,11 +7,13 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
 
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
@@ -22,7 +24,7 @@ from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
-from intrinsic_prompt_tuning.settings import TESTBED, Setting, settled
+from intrinsic_prompt_tuning.settings import DATA, MACHINE, TESTBED, TUNING, Setting, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import (
     TASKS_FILE,
@@ -55,20 +57,30 @@ class Options:
     backbone: Annotated[str, Setting("Hub id, folder or .gguf file of a causal or encoder-decoder model.")] = TESTBED
     split: Annotated[str, Setting("Which tasks are seen and unseen: a name, or a YAML file.")] = "random"
     data: Annotated[Path | None, Setting("Folder of few-shot files (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
-    tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
+    tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
-    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000)] = 100
-    shots: Annotated[int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
-    test_rows: Annotated[int, Setting("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
-    max_length: Annotated[int, Setting("Tokens of prompt and input together.", least=8)] = 512
-    decoding: Annotated[Decoding, Setting("options: the most likely option; generate: as CrossFit.")] = "options"
-    precision: Annotated[Precision, Setting("Of the backbone; what learns is always fp32.")] = "auto"
-    device: Annotated[str, Setting("auto, cpu, cuda, cuda:1 ...")] = "auto"
-    prompt_at: Annotated[PromptAt, Setting("Where a causal model's prompt stands: in front of the input or behind it.")] = "front"
-    chat: Annotated[bool | None, Setting("Write rows by the chat template.", shown_default="if the tokenizer has one")] = None
-    compiled: Annotated[bool, Setting("Compile the backbone, which takes minutes.", name="compile")] = False
-    seed: Annotated[int, Setting("Of the initial prompt that all tasks share, and of where vectors start.", least=0)] = 0
-    slots: Annotated[int | None, Setting("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16")] = None
+    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
+    shots: Annotated[
+        int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000, panel=DATA)
+    ] = 16
+    test_rows: Annotated[int, Setting("Test rows of a task, at most.", least=1, most=1_000_000, panel=DATA)] = 1000
+    max_length: Annotated[int, Setting("Tokens of prompt and input together.", least=8, panel=DATA)] = 512
+    decoding: Annotated[Decoding, Setting("options: the most likely option; generate: as CrossFit.", panel=DATA)] = "options"
+    precision: Annotated[Precision, Setting("Of the backbone; what learns is always fp32.", panel=MACHINE)] = "auto"
+    device: Annotated[str, Setting("auto, cpu, cuda, cuda:1 ...", panel=MACHINE)] = "auto"
+    prompt_at: Annotated[
+        PromptAt, Setting("Where a causal model's prompt stands: in front of the input or behind it.", panel=DATA)
+    ] = "front"
+    chat: Annotated[
+        bool | None, Setting("Write rows by the chat template.", shown_default="if the tokenizer has one", panel=DATA)
+    ] = None
+    compiled: Annotated[bool, Setting("Compile the backbone, which takes minutes.", name="compile", panel=MACHINE)] = False
+    seed: Annotated[
+        int, Setting("Of the initial prompt that all tasks share, and of where vectors start.", least=0, panel=TUNING)
+    ] = 0
+    slots: Annotated[
+        int | None, Setting("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16", panel=MACHINE)
+    ] = None
     skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
 
 
@@ -77,11 +89,11 @@ class Rates:
     """The grids of learning rates, of which validation chooses per task."""
 
     learning_rate: Annotated[
-        list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.")
+        list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.", panel=TUNING)
     ] = field(default_factory=lambda: [0.1])
-    vector_learning_rate: Annotated[list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.")] = field(
-        default_factory=lambda: [0.1]
-    )
+    vector_learning_rate: Annotated[
+        list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.", panel=TUNING)
+    ] = field(default_factory=lambda: [0.1])
 
     def __post_init__(self) -> None:
         """Refuse what is no rate."""
@@ -110,6 +122,8 @@ class Context:
         """The split's tasks and what they are in it: seen or unseen."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
+        self.made = 0
+        """How many results have been made."""
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
@@ -123,6 +137,18 @@ class Context:
         testbed = given.get("backbone") in (None, TESTBED) and not given.get("data")
         settings = partial(settled, given=given, testbed=testbed)
         return cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by name."""
+        groups = (self.options, self.tuning, self.fitting, self.rates)
+        return {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) is not None}
+
+    def keep_options(self, command: str, options: Mapping[str, Any]) -> None:
+        """Write the file of options that reproduces a command, if the command has made anything."""
+        if self.made:
+            plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+            text = f"# {versions()}\n# ipt {command} --config THIS_FILE\n{yaml.safe_dump({command: plain})}"
+            write_bytes(self.cache / "commands" / f"{command}-{digest(plain)[:8]}.yaml", text.encode())
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -18,6 +18,8 @@ from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tuning import measure_pace
 
+LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
+
 
 class Experiment(Context):
     """What can be made of a backbone, tasks and a cache, and what has been."""
@@ -115,11 +117,33 @@ class Experiment(Context):
         rows = len(test) + looked_at
         return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(test)))
 
+    def whole(self, dims: Sequence[int], data_seed: int) -> tuple[list[Result], list[Result]]:
+        """Describe the whole experiment: the seen tasks' subspace and its rivals, on other data of theirs and on unseen tasks.
+
+        Returns:
+            All but the scores; the scores.
+
+        Raises:
+            IptError: the split has no seen tasks.
+        """
+        prompts = self.soft_prompts(self.with_rows(self.named("seen", "unseen"), COLLECTION_SEED))
+        collection = {task: prompts[task] for task in self.with_rows(self.named("seen"), data_seed)}
+        if not collection:
+            raise IptError(
+                f"the split {self.options.split} has no seen tasks to find a subspace with; 'ipt tasks' lists what it has"
+            )
+        spaces = [self.subspace(kind, dim, collection) for kind in LEARNED_AND_RANDOM for dim in dims]
+        spaces.append(self.subspace("low-rank", dims[0], collection))
+        challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
+        vectors = [choice for s in spaces for who, seed in challenges for choice in self.intrinsic_vectors(who, seed, s).values()]
+        tuned = [result for choice in (*prompts.values(), *vectors) for result in choice]
+        return [*tuned, *spaces], self.scores(prompts, spaces, vectors)
+
     # --- Making them
 
     def make(self, results: Iterable[Result], *, dry_run: bool = False) -> None:
         """Make what the cache lacks of some results, or only tell what that takes, measuring a few steps."""
-        make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
+        self.made += make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
 
     def _pace(self, results: Sequence[Result]) -> tuple[float, float]:
         """Return seconds per row trained and per row answered, measured once on at most 16 tasks of results."""

@@ -15,7 +15,7 @@ from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.passes import to_device
-from intrinsic_prompt_tuning.settings import Setting
+from intrinsic_prompt_tuning.settings import TUNING, Setting
 from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tuning import prompt_losses
 
@@ -27,18 +27,23 @@ if TYPE_CHECKING:
 class SubspaceConfig:
     """How a subspace is found."""
 
-    subspace_steps: Annotated[int, Setting("Updates of the subspace on both losses.", least=1)] = 2000
+    subspace_steps: Annotated[int, Setting("Updates of the subspace on both losses.", least=1, panel=TUNING)] = 2000
     rows_per_task: int = 4
     """Training rows of each drawn task."""
-    alpha: Annotated[float, Setting("Weight of the reconstruction error beside the tasks' loss.", least=0)] = 10.0
+    alpha: Annotated[float, Setting("Weight of the reconstruction error beside the tasks' loss.", least=0, panel=TUNING)] = 10.0
     """The error is the share of variance unexplained, the loss a mean per token."""
-    lm_loss: Annotated[bool, Setting("Learn from the tasks' loss.")] = True
-    reconstruction_loss: Annotated[bool, Setting("Learn to reconstruct the prompts.")] = True
+    lm_loss: Annotated[bool, Setting("Learn from the tasks' loss.", panel=TUNING)] = True
+    reconstruction_loss: Annotated[bool, Setting("Learn to reconstruct the prompts.", panel=TUNING)] = True
     noise: Annotated[
-        float, Setting("Standard deviation of noise on intrinsic vectors, whose own is about one, while learning.", least=0)
+        float,
+        Setting(
+            "Standard deviation of noise on intrinsic vectors, whose own is about one, while learning.", least=0, panel=TUNING
+        ),
     ] = 0.2
     """Makes the subspace smooth between the tasks."""
-    subspace_seed: Annotated[int, Setting("Of the subspace's first weights, and of what is drawn to learn them.", least=0)] = 0
+    subspace_seed: Annotated[
+        int, Setting("Of the subspace's first weights, and of what is drawn to learn them.", least=0, panel=TUNING)
+    ] = 0
     inner: int = 768
     """Width of the layer behind the intrinsic vector (the paper's d')."""
     warmup_steps: int = 200

@@ -82,7 +82,12 @@ def make_tuned(x: Context, results: Sequence[Result], after_step: AfterStep) -> 
         steps = float(table.state["step"].sum()) + done * config.steps
         after_step(lambda: {jobs[job]: state for job, state in snapshot().items()}, steps)
 
-    for tuned in tune(x.backbone, space, jobs, config, slots=x.options.slots, decoding=header["decoding"], on_step=on_step):
+    def on_validation(job: Job, figures: dict[str, float]) -> None:
+        about = {name: value for name, value in jobs[job].header.items() if name in ("kind", "task", "data_seed", "space", "dim")}
+        x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
+
+    given = {"slots": x.options.slots, "decoding": header["decoding"], "on_step": on_step, "on_validation": on_validation}
+    for tuned in tune(x.backbone, space, jobs, config, **given):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
         yield Made(jobs[tuned.job], tuned.record, tensors)

@@ -150,3 +150,21 @@ def table_text(heads: str, rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     return "\n".join(lines) + "\n\n"
+
+
+def tasks_text(x: Experiment, names: Iterable[str]) -> str:
+    """List tasks, a line each."""
+    tasks = [x.task(name) for name in names]
+    return table_text("task|kind|metric|role|source", [[t.name, t.kind, t.metric, x.roles.get(t.name), t.source] for t in tasks])
+
+
+def sample_text(x: Experiment, name: str, data_seed: int) -> str:
+    """Write a task's first rows as the backbone gets them, with their lengths in tokens."""
+    lines = []
+    for part, rows in zip(("train", "validation", "test"), x.encoded(name, data_seed), strict=True):
+        lines.append(f"{name}, {part}: {len(rows)} rows, {sum(e.truncated for e in rows)} truncated")
+        for e in rows[:8]:
+            options = f"   options: {' | '.join(e.example.options)}" if e.example.options else ""
+            text, answers = x.backbone.tokenizer.decode(e.input_ids), " / ".join(e.example.answers)
+            lines.append(f"  {len(e.input_ids)} tokens: {text} -> {len(e.target_ids)} tokens: {answers}{options}")
+    return "\n".join(lines)

@@ -32,6 +32,21 @@ except ImportError:  # Windows: two processes may do the same work, and leave th
 UNFINISHED = ".unfinished"
 
 
+def duration(seconds: float) -> str:
+    """Write a time as people say it: 45 s, 4 min 12 s, 2 h 05 min."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
+
+
+def size(n_bytes: float) -> str:
+    """Write a size as people say it: 512 B, 4.1 kB, 310 MB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n_bytes >= 999.5 and len(units) > 1:
+        n_bytes, units = n_bytes / 1000, units[1:]
+    return f"{n_bytes:.3g} {units[0]}"
+
+
 @dataclass(frozen=True)
 class Cost:
     """What making results takes."""
@@ -94,6 +109,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Take a sentence."""
+
+    def log(self, event: str, **about: Any) -> None:
+        """Take what happened in figures: a validation, a result that is made."""
 
     @contextlib.contextmanager
     def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
@@ -268,7 +286,7 @@ class Maker:
 def make(
     store: Store, results: Iterable[Result], makers: Mapping[str, Maker], report: Reporter,
     *, pace: Callable[[Sequence[Result]], tuple[float, float]] | None = None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Make what the cache lacks, stage by stage; with a pace, only tell what that takes.
 
     Processes share the results of a stage, and go on to the next when all are there, whoever made them.
@@ -279,8 +297,11 @@ def make(
         makers: kind -> how its results are made, in the order in which they are.
         report: told of plans and progress.
         pace: returns seconds per row trained and per row answered, of such results.
+
+    Returns:
+        How many were missing and are made now.
     """
-    seconds = 0.0
+    seconds, count = 0.0, 0
     for stage in stages(results, list(makers)):
         missing = store.missing(stage)
         text, needed = plan(stage, missing, pace)
@@ -288,8 +309,10 @@ def make(
         seconds += needed
         if pace is None and missing:
             _make_stage(store, stage, makers[stage[0].kind], report)
+            count += len(missing)
     if seconds:
-        report.say(f"plan: all of it, if no job ends early; {seconds / 60:.1f} minutes")
+        report.say(f"plan: all of it, if no job ends early; {duration(seconds)}")
+    return count
 
 
 def stages(results: Iterable[Result], kinds: Sequence[str]) -> list[list[Result]]:
@@ -320,8 +343,8 @@ def plan(
     if rows and pace:
         per_trained, per_answered = pace(missing)
         seconds = (cost.trained * per_trained + cost.answered * per_answered) / n_ranks()
-        text += f"; {seconds / 60:.1f} minutes by steps just measured"
-    return text + (f"; {cost.size / 1e6:,.1f} MB of files" if cost.size else ""), seconds
+        text += f"; {duration(seconds)} by steps just measured"
+    return text + (f"; {size(cost.size)} of files" if cost.size else ""), seconds
 
 
 def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Reporter) -> None:
@@ -337,6 +360,7 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
                 with report.progress(label(stage), maker.total(own)) as advance, saving(store, advance) as after_step:
                     for made in maker.make(own, after_step):
                         store.save(made)
+                        report.log("made", file=str(store.path(made.result)), **made.record)
         finally:
             store.claims.give_back()
         if not own and share == stage:

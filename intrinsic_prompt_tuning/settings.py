@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+DATA, TUNING, MACHINE = "Rows", "Tuning", "Machine and manners"
+"""Headings of the help."""
 TESTBED = "testbed"
 """The built-in world, the split of its tasks, and its backbone."""
 TESTBED_SETTINGS: dict[str, Any] = {
@@ -26,6 +30,8 @@ class Setting(NamedTuple):
     """Of the option, where the field's own name would say too little."""
     shown_default: str = ""
     """For defaults that are found out."""
+    panel: str = ""
+    """Under which heading of the help it stands; without one among the most common."""
 
 
 def settled(kind: type[T], given: Mapping[str, Any], *, testbed: bool) -> T:
@@ -33,3 +39,10 @@ def settled(kind: type[T], given: Mapping[str, Any], *, testbed: bool) -> T:
     own = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     defaults = {name: value for name, value in TESTBED_SETTINGS.items() if testbed and name in own}
     return kind(**defaults | {name: value for name, value in given.items() if name in own and value is not None})
+
+
+def versions() -> str:
+    """Return the versions that a report of a mistake needs."""
+    told = {"ipt": "intrinsic-prompt-tuning"} | {name: name for name in ("torch", "transformers", "datasets", "safetensors")}
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return ", ".join(f"{name} {importlib.metadata.version(package)}" for name, package in told.items()) + f", {python}"

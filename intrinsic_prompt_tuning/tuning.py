@@ -19,7 +19,7 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import np, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget, to_device
-from intrinsic_prompt_tuning.settings import Setting
+from intrinsic_prompt_tuning.settings import TUNING, Setting
 from intrinsic_prompt_tuning.spaces import Space
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class TuneConfig:
     """How a job is tuned."""
 
     steps: Annotated[int, Setting("Updates of a job.", least=1)] = 1000
-    batch_size: Annotated[int, Setting("Rows of a job in one update.", least=1, most=4096)] = 8
-    evaluations: Annotated[int, Setting("Validations of a job.", least=1)] = 5
+    batch_size: Annotated[int, Setting("Rows of a job in one update.", least=1, most=4096, panel=TUNING)] = 8
+    evaluations: Annotated[int, Setting("Validations of a job.", least=1, panel=TUNING)] = 5
     patience: Annotated[
-        int, Setting("Validations without gain that end a job; 0: none ends early, not even a solved one.", least=0)
+        int, Setting("Validations without gain that end a job; 0: none ends early, not even a solved one.", least=0, panel=TUNING)
     ] = 3
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; it then falls linearly to zero."""
@@ -140,6 +140,7 @@ def tune(
     slots: int | None = None,
     decoding: Decoding = "options",
     on_step: Callable[[JobTable], None] = lambda table: None,
+    on_validation: Callable[[Job, dict[str, float]], None] = lambda job, figures: None,
 ) -> Iterator[Tuned]:
     """Tune jobs and yield each as it finishes, its slot going to the next.
 
@@ -152,6 +153,7 @@ def tune(
             least 16.
         decoding: how validation rows are answered.
         on_step: called after each step of all slots, with the table.
+        on_validation: called after each validation of a job, with `step`, `score`, `loss` and `training_loss`.
 
     Raises:
         IptError: a loss is not finite.
@@ -166,7 +168,7 @@ def tune(
         steps = table.state["step"]
         due = [i for i, taken in enumerate(steps.tolist()) if taken % config.evaluate_every == 0 or taken == config.steps]
         if due:
-            validate(backbone, space, table, due, decoding)
+            validate(backbone, space, table, due, decoding, on_validation)
         done = _over(table.state, config, due) if due else []
         yield from (table.result(i, space) for i in done)
         if done:
@@ -267,7 +269,10 @@ def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig)
     state["last_loss"] = torch.where(step == 0, losses, state["last_loss"].lerp(losses, 0.1))
 
 
-def validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[int], decoding: Decoding) -> None:
+def validate(
+    backbone: Backbone, space: Space, table: JobTable, due: Sequence[int], decoding: Decoding,
+    told: Callable[[Job, dict[str, float]], None] = lambda job, figures: None,
+) -> None:  # fmt: skip
     """Score the validation rows of some jobs, and keep their theta where it is the best so far."""
     with torch.no_grad():
         prompts = space.back_project(table.state["theta"][list(due)])
@@ -281,15 +286,17 @@ def validate(backbone: Backbone, space: Space, table: JobTable, due: Sequence[in
         own = list(itertools.islice(answers, len(examples)))
         score = METRICS[table.jobs[i].metric]([a.text for a in own], [e.example.answers for e in examples])
         loss = sum(a.loss for a in own) / len(own)
-        for which, value in (("training", float(state["last_loss"][i])), ("validation", loss)):
+        at, training_loss = int(state["step"][i]), float(state["last_loss"][i])
+        for which, value in (("training", training_loss), ("validation", loss)):
             if not math.isfinite(value):
                 raise IptError(
-                    f"the {which} loss of task {table.jobs[i]} is {value} by step {int(state['step'][i])}: "
-                    "use a smaller --learning-rate, or --precision fp32"
+                    f"the {which} loss of task {table.jobs[i]} is {value} by step {at}: use a smaller --learning-rate, or "
+                    "--precision fp32"
                 )
+        told(table.jobs[i], {"step": at, "score": score, "loss": loss, "training_loss": training_loss})
         if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
             state["best_theta"][i] = state["theta"][i]
-            for name, value in (("best_score", score), ("best_loss", loss), ("best_step", float(state["step"][i]))):
+            for name, value in (("best_score", score), ("best_loss", loss), ("best_step", at)):
                 state[name][i] = value
 
 

@@ -56,14 +56,14 @@ def assert_done(result: Result) -> Result:
 
 
 def backbone_folder(cache: Path) -> Path:
-    """Return where the results of the one backbone are: rows that were drawn lie beside it."""
-    (folder,) = (path for path in cache.iterdir() if path.name != "samples")
+    """Return where the results of the one backbone are: rows that were drawn, and the options of commands, lie beside it."""
+    (folder,) = (path for path in cache.iterdir() if path.name not in ("samples", "commands"))
     return folder
 
 
 def results_in(cache: Path) -> dict[str, bytes]:
-    """Return the files of the results of all backbones: all but the rows that were drawn."""
-    return {name: content for name, content in files_in(cache).items() if not name.startswith("samples")}
+    """Return the files of the results of all backbones: all but the rows that were drawn, and the options of commands."""
+    return {name: content for name, content in files_in(cache).items() if not name.startswith(("samples", "commands"))}
 
 
 def report_of(cli: Cli, *arguments: object) -> dict[str, Any]:
@@ -284,26 +284,26 @@ def test_one_more_collection_at_another_learning_rate_leaves_all_rows_of_eval(
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing_but_rows(cli: Cli, tmp_path: Path) -> None:
-    measured = r"at most [1-9][\d,]* rows, [\d.]+ million tokens; [\d.]+ minutes by steps just measured"
+    measured = r"at most [1-9][\d,]* rows, [\d.]+ million tokens; [\d hmins]+ by steps just measured"
     for command in ("collect", "run"):
         result = assert_done(cli(command, "--dry-run", *SHORT, *(DIMS if command == "run" else ())))
         assert re.search(
-            rf"^plan: 7 soft prompts to make, 0 made before; {measured}; [\d.]+ MB of files$", result.err, re.MULTILINE
+            rf"^plan: 7 soft prompts to make, 0 made before; {measured}; [\d.]+ [kM]?B of files$", result.err, re.MULTILINE
         )
         assert not result.out
-    assert re.search(rf"^plan: 5 subspaces to make, 0 made before; {measured}; [\d.]+ MB of files$", result.err, re.MULTILINE)
+    assert re.search(rf"^plan: 5 subspaces to make, 0 made before; {measured}; [\d.]+ [kM]?B of files$", result.err, re.MULTILINE)
     for about in ("subspace, dim 6", "subspace, dim 4", "random, dim 6", "random, dim 4", "low-rank, dim 35"):
         assert re.search(rf"^plan: 7 intrinsic vectors \({about}\) to make, 0 made before; {measured}", result.err, re.MULTILINE)
     scores = 3 * 7 + 2 * 7 + 5 * 7 + 2 * 2
     assert re.search(rf"^plan: {scores} scores to make, 0 made before; {measured}$", result.err, re.MULTILINE)
-    assert re.search(r"^plan: all of it, if no job ends early; [\d.]+ minutes$", result.err, re.MULTILINE)
+    assert re.search(r"^plan: all of it, if no job ends early; [\d hmins]+$", result.err, re.MULTILINE)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["samples"]
 
 
 def test_a_real_run_measures_no_pace(cli: Cli) -> None:
     done = assert_done(cli("collect", *SHORT, "--task", "count-next"))
     assert re.search(
-        r"^plan: 1 soft prompts to make, 0 made before; at most [\d,]+ rows, .* MB of files$", done.err, re.MULTILINE
+        r"^plan: 1 soft prompts to make, 0 made before; at most [\d,]+ rows, .* [kM]?B of files$", done.err, re.MULTILINE
     )
     assert "minutes" not in done.err
 
@@ -384,7 +384,7 @@ def whole_run(shared_options: list[object], tmp_path_factory: pytest.TempPathFac
 
 def test_run_announces_its_plan_and_prints_the_table(whole_run: tuple[Path, list[object], Result]) -> None:
     _, _, result = whole_run
-    assert re.search(r"^plan: 7 soft prompts to make, .* million tokens; .* MB of files$", result.err, re.MULTILINE)
+    assert re.search(r"^plan: 7 soft prompts to make, .* million tokens; .* [kM]?B of files$", result.err, re.MULTILINE)
     for quantity in ("T_train(MSF)", "T_test(MSF)", "T_train_diff(IST)", "T_test(IST)"):
         assert quantity in result.out
     for space in ("subspace", "random"):
@@ -435,7 +435,7 @@ def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[ob
         assert_done(cli("tune", *short, "--seen", "--data-seed", 21, *more))
         assert_done(cli("tune", *short, "--unseen", *more))
     table = assert_done(cli("eval")).out
-    own, theirs = files_in(tmp_path / "cache"), files_in(whole_run[0])
+    own, theirs = results_in(tmp_path / "cache"), results_in(whole_run[0])
     assert own.keys() == theirs.keys()
     assert_same_tensors(own, theirs)
     assert table == whole_run[2].out
@@ -711,9 +711,73 @@ def test_the_help_lists_all_commands() -> None:
     assert run_ipt("--help").code == 0
 
 
+def test_options_come_from_flags_then_the_environment_then_a_file_then_defaults(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "steps: 2\nevaluations: 1\nlearning_rate: 0.5\nsubspace-steps: 3\ncollect: {task: mood-good, batch-size: 2}\n"
+    )
+    monkeypatch.setenv("IPT_EVALUATIONS", "2")
+    monkeypatch.setenv("IPT_BATCH_SIZE", "3")
+    assert_done(cli("collect", "--config", config, "--learning-rate", 0.25))
+    (path,) = (tmp_path / "cache").glob("*/soft-prompts/*")
+    header = read_header(path)
+    assert header["task"] == "mood-good" and header["learning_rate"] == 0.25
+    assert {name: header["tuning"][name] for name in ("steps", "evaluations", "batch_size")} == {
+        "steps": 2, "evaluations": 2, "batch_size": 3,
+    }  # fmt: skip
+
+
+def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "mood-good", "--learning-rate", 0.3))
+    (kept,) = (tmp_path / "cache" / "commands").iterdir()
+    again = assert_done(run_ipt("collect", "--config", kept, "--cache", tmp_path / "again"))
+    assert files_in(tmp_path / "again") == files_in(tmp_path / "cache") and again.code == 0
+    assert_done(cli("collect", *SHORT, "--task", "mood-good", "--learning-rate", 0.3, "--dry-run"))
+    assert list((tmp_path / "cache" / "commands").iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("stepz: 4", "there is no option --stepz; did you mean '--steps'"),
+        ("collect: {dim: 4}", "there is no option --dim"),
+        ("- steps", "expected a mapping, got a list"),
+        ("steps: [", "is not readable as YAML"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_file_of_options_that_is_wrong_is_told(cli: Cli, tmp_path: Path, content: str | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / "mine.yaml").write_text(content)
+    assert_one_error(cli("collect", "--config", tmp_path / "mine.yaml"), "mine.yaml", re.escape(told))
+
+
+def test_a_value_of_a_file_is_checked_as_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: many\n")
+    result = cli("collect", "--config", tmp_path / "mine.yaml")
+    assert result.code == 2 and "--steps" in result.err
+
+
+def test_a_log_holds_a_line_per_validation_and_result(cli: Cli, tmp_path: Path) -> None:
+    options = ("--task", "mood-good", *SHORT, "--learning-rate", 0.3, "--log", tmp_path / "log.jsonl", "--quiet")
+    assert not assert_done(cli("collect", *options)).err
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["validation"] * 3 + ["made"]
+    assert [event["step"] for event in events[:3]] == [2, 4, 6] and {event["task"] for event in events[:3]} == {"mood-good"}
+    assert max(event["score"] for event in events[:3]) == events[3]["validation"]
+    assert "score" in assert_done(cli("collect", *options[:-1], "--seed", 1, "--verbose")).err
+    assert_one_error(
+        cli("collect", *options[:2], *SHORT, "--seed", 2, "--log", tmp_path / "no" / "log.jsonl"), "no.log.jsonl.*--log"
+    )
+
+
 def test_the_version_is_told_with_those_of_what_it_stands_on() -> None:
     done = assert_done(run_ipt("--version"))
-    assert re.fullmatch(r"ipt \d\S*, torch \d\S*, transformers \d\S*, datasets \d\S*, safetensors \d\S*\n", done.out)
+    assert re.fullmatch(
+        r"ipt \d\S*, torch \d\S*, transformers \d\S*, datasets \d\S*, safetensors \d\S*, Python 3\S*, .+\n", done.out
+    )
 
 
 @pytest.mark.parametrize("arguments", [(), ("run",)])
@@ -755,7 +819,7 @@ def test_an_unknown_split_is_named_with_the_nearest_names(cli: Cli, cache_folder
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (None, None, r"there is no file .*own\.yaml.*--tasks-file"),
+        (None, None, r"there is no file .*own\.yaml"),
         ("tasks:", "tasks: ]", r"own\.yaml is not readable as YAML.*line"),
         ("  animal-class:", "  mood-good:", r"own\.yaml: 'mood-good' stands twice.*line \d+"),
         ("question: mood good", "question: no", r"own\.yaml: task mood-good: field 'question' must be text, not false"),

@@ -460,7 +460,7 @@ def test_a_plan_asks_for_no_rows_but_those_it_is_about(build: Build, tmp_path: P
     """On a split of Hub tasks, a dry run of one task may not download others, nor fail for them."""
     x = build(tasks_file=impossible(tmp_path))
     x.make(x.soft_prompts(["mood-good"])["mood-good"], dry_run=True)
-    assert "minutes by steps just measured" in told(x)[0]
+    assert "by steps just measured" in told(x)[0]
 
 
 def test_rows_are_drawn_once_on_a_machine(x: Experiment, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

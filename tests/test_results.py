@@ -380,7 +380,7 @@ def test_what_is_missing_is_made_and_nothing_twice(store: Store) -> None:
     bakery, report = Bakery(store), Listener()
     bakery.make([*ROLLS[:3], ROLLS[0], ROLLS[2]], report)
     assert sorted(bakery.made) == ["ann", "cid"]
-    assert report.sentences == ["plan: 2 rolls to make, 1 made before; at most 28 rows, 0.0 million tokens; 0.0 MB of files"]
+    assert report.sentences == ["plan: 2 rolls to make, 1 made before; at most 28 rows, 0.0 million tokens; 16 B of files"]
     again, report = Bakery(store), Listener()
     before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
     again.make(ROLLS[:3], report)
@@ -424,10 +424,10 @@ def test_a_stage_in_a_space_is_called_by_it() -> None:
 def test_a_plan_tells_rows_tokens_and_megabytes_and_with_a_pace_minutes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     big = [Result({**HEADER, "kind": "roll", "task": name}, cost=Cost(6000, 1500, 9e6, 4e6)) for name in ("ann", "ben")]
     words = "plan: 2 rolls to make, 0 made before; at most 15,000 rows, 18.0 million tokens"
-    assert results.plan(big, big, None) == (f"{words}; 8.0 MB of files", 0)
+    assert results.plan(big, big, None) == (f"{words}; 8 MB of files", 0)
     text, seconds = results.plan(big, big, lambda missing: (0.1, 0.02))
     assert seconds == pytest.approx(2 * (6000 * 0.1 + 1500 * 0.02))
-    assert text == f"{words}; 21.0 minutes by steps just measured; 8.0 MB of files"
+    assert text == f"{words}; 21 min 00 s by steps just measured; 8 MB of files"
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert results.plan(big, big, lambda missing: (0.1, 0.02))[1] == pytest.approx(seconds / 3)
 
@@ -442,9 +442,9 @@ def test_with_a_pace_only_the_plan_is_told_and_nothing_made(store: Store) -> Non
     bakery.make([*ROLLS[:2], pie("apple", *ROLLS[:2])], report, pace=pace)
     assert not store.folder.exists() and not bakery.made and not report.bars
     assert [sentence.split(";")[-1] for sentence in report.sentences[1:]] == [
-        " 0.5 minutes by steps just measured", " 4.5 minutes",
+        " 30 s by steps just measured", " 4 min 30 s",
     ]  # fmt: skip
-    assert report.sentences[-1] == "plan: all of it, if no job ends early; 4.5 minutes"
+    assert report.sentences[-1] == "plan: all of it, if no job ends early; 4 min 30 s"
     Bakery(store).make([*ROLLS[:2], pie("apple", *ROLLS[:2])])
     asked.clear()
     bakery.make([*ROLLS[:2], pie("apple", *ROLLS[:2])], report, pace=pace)

@@ -116,7 +116,7 @@ def read_yaml(file: Path) -> Any:
     try:
         return _parse_yaml(file, file.stat().st_mtime_ns)
     except FileNotFoundError as error:
-        raise IptError(f"there is no file {file}: name another with --tasks-file or --split") from error
+        raise IptError(f"there is no file {file}") from error
     except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         raise IptError(f"{file} is not readable as YAML: {_short(error, 400)}") from error
 
@@ -127,11 +127,12 @@ def _parse_yaml(file: Path, modified: int) -> Any:
         return yaml.load(stream, Loader=_StrictLoader)
 
 
-def read_mapping(file: Path, key: str, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file's top-level mapping, in which `key` is needed and `parts` are mappings if they are there."""
+def read_mapping(file: Path, key: str = "", parts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the file's top-level mapping, in which `key` is a mapping if one is named, and `parts` are if they are there."""
     content = read_yaml(file)
-    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
-        raise IptError(f"{file}: expected a mapping with the key '{key}', got {described(content)}")
-    for name, hint in parts.items():
+    if not isinstance(content, dict) or (key and not isinstance(content.get(key), dict)):
+        what = f"a mapping with the key '{key}'" if key else "a mapping"
+        raise IptError(f"{file}: expected {what}, got {described(content)}")
+    for name, hint in (parts or {}).items():
         check(content.get(name, {}), hint, f"{file}: '{name}'")
     return content
