@@ -235,13 +235,13 @@ class Backbone:
                 soft_prompts[to_device([rows[n][0] for n in numbers], self.device)], [e.input_ids for e in chunk]
             )
             choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
+            said = self._generate(begun, chunk, sorted(set(range(len(chunk))) - set(choosing)))
             wanted = [(i, e.target_ids) for i, e in enumerate(chunk) if losses]
             wanted += [(i, option) for i in choosing for option in chunk[i].option_ids]
             # An option that is the right answer, as one is, need not be scored twice.
             texts = list(dict.fromkeys((i, tuple(text)) for i, text in wanted))
             loss_of = dict(zip(texts, self._text_losses(begun, texts, soft_prompts.shape[1] + len(chunk[0])), strict=True))
             scored = dict[int, tuple[float, ...]]()
-            said = self._generate(begun, chunk, sorted(set(range(len(chunk))) - set(choosing)))
             for i in choosing:
                 scored[i] = tuple(loss_of[i, tuple(option)] for option in chunk[i].option_ids)
                 said[i] = chunk[i].example.options[scored[i].index(min(scored[i]))]

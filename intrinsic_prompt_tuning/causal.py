@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.lazy import np, torch, transformers
@@ -25,8 +26,8 @@ KeysAndValues = list[tuple["Tensor", "Tensor"]]
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Rows whose prompt and input are done: all texts behind a row go on from there."""
+class Done:
+    """Rows whose prompt and input have gone through the model: texts behind them go on from there."""
 
     logits: Tensor
     """(rows, vocabulary), of the first token that follows."""
@@ -35,13 +36,31 @@ class Begun:
     mask: Tensor
     """(rows, length): which of them are real."""
 
-    def of(self, rows: Sequence[int]) -> Begun:
+    def of(self, rows: Sequence[int]) -> Done:
         """Return some rows, perhaps several times; what follows in one is not seen in another."""
         at = to_device(rows, self.mask.device)
         chosen = transformers.DynamicCache()
         for number, layer in enumerate(self.cache.layers):
             chosen.update(layer.keys[at], layer.values[at], number)
-        return Begun(self.logits[at], chosen, self.mask[at])
+        return Done(self.logits[at], chosen, self.mask[at])
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows that go through the model when it turns out what is behind them: one text each goes through together with them."""
+
+    lm: Causal
+    soft_prompts: Tensor
+    """(rows, prompt_length, hidden), float32."""
+    input_ids: Sequence[list[int]]
+
+    @cached_property
+    def done(self) -> Done:
+        """Prompt and input, run on their own."""
+        embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
+        last = np.arange(len(real)) * real.shape[1] + real.sum(1) - 1
+        logits = self.lm.logits(embeddings, real, cache, before, last)
+        return Done(logits, cache, to_device(np.concatenate([before, real], axis=1), embeddings.device))
 
 
 class Causal:
@@ -67,30 +86,21 @@ class Causal:
         self._kept_bytes = 0.0
 
     def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
-        """Run the model on soft prompts and inputs.
+        """Take soft prompts (rows, prompt_length, hidden), float32, and inputs, one list a row, none empty."""
+        return Begun(self, soft_prompts, input_ids)
 
-        Args:
-            soft_prompts: (rows, prompt_length, hidden), float32.
-            input_ids: one list a row, none empty.
-        """
+    def embedded(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, np.ndarray, Any, np.ndarray]:
+        """Return what goes through the model, (rows, length, hidden), and what is cached before it; of both, which is real."""
         n_rows, prompt_length = soft_prompts.shape[:2]
         if self.prompt_at == "end" and prompt_length:
             cache, before = self._inputs_once(input_ids)
-            real = np.ones((n_rows, prompt_length), dtype=bool)
-            return self._go_on(soft_prompts.to(self.model.dtype), real, cache, before)
+            return soft_prompts.to(self.model.dtype), np.ones((n_rows, prompt_length), dtype=bool), cache, before
         ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
         embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
         real = np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True)
-        return self._go_on(embeddings, real, transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool))
+        return embeddings, real, transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool)
 
-    def _go_on(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray) -> Begun:
-        """Run the model on (rows, length, hidden), of which some are real, behind what a cache holds; keep the last logits."""
-        last = np.arange(len(real)) * real.shape[1] + real.sum(1) - 1
-        logits = self._logits(embeddings, real, cache, before, last)
-        mask = np.concatenate([before, real], axis=1)
-        return Begun(logits, cache, to_device(mask, embeddings.device))
-
-    def _logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
+    def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
         device = embeddings.device
         earlier = before if torch.is_tensor(before) else to_device(before, device)
@@ -134,7 +144,7 @@ class Causal:
         cache: Any = transformers.DynamicCache()
         with torch.no_grad():
             nothing = np.zeros((len(inputs), 0), dtype=bool)
-            self._logits(self.model.get_input_embeddings()(ids), real, cache, nothing, np.arange(1))
+            self.logits(self.model.get_input_embeddings()(ids), real, cache, nothing, np.arange(1))
         return {
             key: [(layer.keys[i, :, : len(key)].clone(), layer.values[i, :, : len(key)].clone()) for layer in cache.layers]
             for i, key in enumerate(inputs)
@@ -154,28 +164,40 @@ class Causal:
         """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
 
         Args:
-            begun: rows whose prompt and input are done.
+            begun: rows with prompt and input.
             rows: which row each text is behind.
             texts: their tokens.
         """
-        behind, device = begun.of(rows), self.model.device
-        tokens, real = padded(texts, 0, device)  # (texts, length)
-        losses = torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none")
-        if tokens.shape[1] == 1 or not real[:, 1:].any():
-            return losses
-        flat, of = np.flatnonzero(real[:, 1:]), np.nonzero(real[:, 1:])[0]
-        embeddings = self.model.get_input_embeddings()(tokens[:, :-1])
-        logits = self._logits(embeddings, real[:, :-1], behind.cache, behind.mask, flat)
-        wanted = tokens[:, 1:].flatten().index_select(0, to_device(flat, device))
-        following = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        return losses.index_add(0, to_device(of, device), following)
+        tokens, said = padded(texts, 0, self.model.device)  # (texts, length)
+        following = self.model.get_input_embeddings()(tokens[:, :-1])
+        if "done" not in vars(begun) and list(rows) == list(range(len(begun.input_ids))):
+            embeddings, real, cache, before = self.embedded(begun.soft_prompts, begun.input_ids)
+            # The last token before a text predicts its first.
+            predicting = np.pad(said[:, 1:], ((0, 0), (real.shape[1], 0)))
+            predicting[np.arange(len(real)), real.sum(1) - 1] = True
+            real, flat = np.concatenate([real, said[:, :-1]], axis=1), np.flatnonzero(predicting)
+            logits = self.logits(torch.cat([embeddings, following], dim=1), real, cache, before, flat)
+            wanted = tokens.flatten().index_select(0, to_device(np.flatnonzero(said), tokens.device))
+            losses, of = torch.zeros(len(texts), device=tokens.device), np.nonzero(said)[0]
+        else:
+            behind = begun.done.of(rows)
+            losses, of = (
+                torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none"),
+                np.nonzero(said[:, 1:])[0],
+            )
+            if not len(of):
+                return losses
+            logits = self.logits(following, said[:, :-1], behind.cache, behind.mask, np.flatnonzero(said[:, 1:]))
+            wanted = tokens[:, 1:].flatten().index_select(0, to_device(np.flatnonzero(said[:, 1:]), tokens.device))
+        each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        return losses.index_add(0, to_device(of, tokens.device), each)
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """Return greedily generated tokens of some rows, each at most so many.
 
         Not transformers' `generate`, which follows what the backbone was saved with and wants padding on the left.
         """
-        behind = begun.of(rows)
+        behind = begun.done.of(rows)
         mask, logits, tokens = behind.mask, behind.logits, [list[int]() for _ in rows]
         one = np.ones((len(rows), 1), dtype=bool)
         for _ in range(max(limits)):
@@ -186,7 +208,7 @@ class Causal:
             if all(written[-1] == self.end or len(written) >= limit for written, limit in zip(tokens, limits, strict=True)):
                 break
             embeddings = self.model.get_input_embeddings()(following[:, None])
-            logits = self._logits(embeddings, one, behind.cache, mask, np.arange(len(rows)))
+            logits = self.logits(embeddings, one, behind.cache, mask, np.arange(len(rows)))
             mask = torch.cat([mask, to_device(one, mask.device)], dim=1)
         return [written[:limit] for written, limit in zip(tokens, limits, strict=True)]
 

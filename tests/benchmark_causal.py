@@ -6,6 +6,7 @@ Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Si
 
     a      PEFT's prompt tuning, task by task, as its documentation writes it: every row padded to the longest of all
     A      the same, padded to the longest row of each batch
+    bare   the frozen backbone alone as transformers runs it, on batches of all tasks, the gradient of prompts among inputs
     front  the engine, prompt in front
     end    the engine, prompt behind the input, each input having been through the model once before
     once   that one pass of all inputs of all steps, which a command pays a single time
@@ -92,6 +93,27 @@ def peft_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
     model.eval()
 
 
+def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, batch_size: int) -> None:
+    """The same rows through the model with 20 embeddings in front, sorted by length, in passes as large as the engine's."""
+    for number in range(steps):
+        batch = [own[n] for own in rows for n in minibatch(len(own), batch_size, 100, number)]
+
+        def work(which: list[int], batch: list[Encoded] = batch) -> None:
+            ids = [batch[n].input_ids + batch[n].target_ids for n in which]
+            width = max(map(len, ids))
+            with torch.no_grad():
+                padded = torch.tensor([[0] * 20 + own + [0] * (width - len(own)) for own in ids], device=model.device)
+                mask = torch.tensor([[1] * (20 + len(own)) + [0] * (width - len(own)) for own in ids], device=model.device)
+                embeddings = model.get_input_embeddings()(padded)
+            labels = torch.full_like(padded, -100)
+            for row, n in enumerate(which):
+                end = 20 + len(ids[row])
+                labels[row, end - len(batch[n].target_ids) : end] = torch.tensor(batch[n].target_ids)
+            model(inputs_embeds=embeddings.requires_grad_(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+
+        Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([20 + len(row) for row in batch], work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=2)
@@ -118,6 +140,7 @@ def main() -> None:
     sides: dict[str, Callable[[], None]] = {
         "a": lambda: peft_loop(model, rows, *taken, full=True),
         "A": lambda: peft_loop(model, rows, *taken, full=False),
+        "bare": lambda: bare_loop(model, rows, *taken),
         "front": lambda: steps_of(front, arguments.steps),
         "once": once,
         "end": lambda: steps_of(end, arguments.steps),
@@ -135,7 +158,11 @@ def main() -> None:
         print(
             f"{name}: {middle[name]:.2f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.2f}' for s in own)}"
         )
-    print(", ".join(f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in ("a", "A")))
+    print(
+        ", ".join(
+            f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in ("a", "A", "bare")
+        )
+    )
     for steps in (100, 1000):
         share = steps / arguments.steps
         whole = middle["once"] + share * middle["end"]
