@@ -114,6 +114,11 @@ class Backbone:
         return getattr(self.layout, "chat", False)
 
     @property
+    def prompt_at(self) -> PromptAt:
+        """Where the prompt stands: in front of the input or behind it."""
+        return getattr(self.lm, "prompt_at", "front")
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(self.model.device)
@@ -290,7 +295,7 @@ def load_backbone(
     precision: Precision = "auto",
     max_length: int = 512,
     compiled: bool = False,
-    prompt_at: PromptAt = "front",
+    prompt_at: PromptAt | None = None,
     chat: bool | None = None,
 ) -> Backbone:
     """Load and freeze a language model, and check it.
@@ -301,7 +306,7 @@ def load_backbone(
         precision: `bf16`, `fp32`, or `auto`: bf16 on a GPU that has it. What learns is always float32.
         max_length: tokens of prompt and input together, at most what the backbone has positions for.
         compiled: let torch.compile make kernels of its own.
-        prompt_at: where a causal model's prompt stands, in front of the input or behind it.
+        prompt_at: where a causal model's prompt stands, in front of the input or behind it; None: behind it.
         chat: write a causal model's rows by the tokenizer's chat template; None: if it has one.
 
     Raises:
@@ -328,7 +333,7 @@ def load_backbone(
         backbone = Backbone(name, Seq2Seq(model, padding), tokenizer, **about)
     else:
         layout = causal_layout(tokenizer, name, chat)
-        lm = Causal(model, padding if padding is not None else layout.end, prompt_at, end=layout.end)
+        lm = Causal(model, padding if padding is not None else layout.end, prompt_at or "end", end=layout.end)
         backbone = Backbone(name, lm, tokenizer, layout=layout, **about)
     check_backbone(backbone)
     if compiled:

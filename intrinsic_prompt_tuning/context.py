@@ -69,8 +69,9 @@ class Options:
     precision: Annotated[Precision, Setting("Of the backbone; what learns is always fp32.", panel=MACHINE)] = "auto"
     device: Annotated[str, Setting("auto, cpu, cuda, cuda:1 ...", panel=MACHINE)] = "auto"
     prompt_at: Annotated[
-        PromptAt, Setting("Where a causal model's prompt stands: in front of the input or behind it.", panel=DATA)
-    ] = "front"
+        PromptAt | None,
+        Setting("Where the prompt stands, seen from the input.", shown_default="end in causal models, else front", panel=DATA),
+    ] = None
     chat: Annotated[
         bool | None, Setting("Write rows by the chat template.", shown_default="if the tokenizer has one", panel=DATA)
     ] = None
@@ -273,8 +274,8 @@ class Context:
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
         shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
-        settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "prompt_at", "decoding")}
-        shared["chat"] = self.backbone.chat
+        settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "decoding")}
+        shared |= {"prompt_at": self.backbone.prompt_at, "chat": self.backbone.chat}
         return shared | settings | {"max_length": self.backbone.max_length, "kind": kind} | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:

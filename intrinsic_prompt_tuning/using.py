@@ -151,8 +151,10 @@ def export_adapter(x: Experiment, prompt: TunedPrompt, folder: Path, *, force: b
     from safetensors.torch import save
 
     causal = isinstance(x.backbone.lm, Causal)
-    if x.options.prompt_at == "end":
-        raise IptError("PEFT puts prompts in front of the input: one behind it (--prompt-at end) cannot be exported")
+    if x.backbone.prompt_at == "end":
+        raise IptError(
+            "PEFT puts prompts in front of the input: one behind it cannot be exported; collect with --prompt-at front"
+        )
     if folder.exists() and any(folder.iterdir()) and not force:
         raise IptError(f"{folder} is not empty: name another folder, or add --force")
     length, hidden = prompt.soft_prompt.shape

@@ -131,7 +131,7 @@ def test_generation_is_greedy_and_padding_is_not_seen(
 
 def test_a_prompt_in_front_gives_the_loss_and_the_gradient_of_peft(folders: dict[str, Path], tasks: dict[str, Task]) -> None:
     """Row by row: PEFT's positions are wrong where rows are padded on the left."""
-    backbone = load_backbone(str(folders["llama"]), device="cpu")
+    backbone = load_backbone(str(folders["llama"]), device="cpu", prompt_at="front")
     rows, (prompt,) = rows_of(backbone, tasks)[:6], prompts_of(backbone, 1)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt))
     model = peft.get_peft_model(copy.deepcopy(backbone.model), config)

@@ -131,10 +131,11 @@ def test_a_causal_model_s_prompt_goes_to_peft_from_the_front_only(
     shared_options: list[object], tmp_path: Path, world: World
 ) -> None:
     folder = save_model(tmp_path / "llama", "llama", world)
-    options = [*shared_options, "--backbone", folder, "--cache", tmp_path / "cache"]
+    behind = [*shared_options, "--backbone", folder, "--cache", tmp_path / "cache"]
+    options = [*behind, "--prompt-at", "front"]
     assert run_ipt("collect", *options, *SHORT, "--task", "count-next").code == 0
     assert run_ipt("export", *options, "--task", "count-next", "--out", tmp_path / "adapter").code == 0
-    backbone = load_backbone(str(folder), device="cpu")
+    backbone = load_backbone(str(folder), device="cpu", prompt_at="front")
     model = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")
     ).eval()
@@ -144,10 +145,9 @@ def test_a_causal_model_s_prompt_goes_to_peft_from_the_front_only(
         loss = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), labels=torch.tensor([labels])).loss
     (answer,) = backbone.answer(model.get_prompt_embedding_to_save("default")[None], [(0, row)])
     assert float(loss) == pytest.approx(answer.loss, rel=1e-5)
-    behind = [*options, "--prompt-at", "end"]
     assert run_ipt("collect", *behind, *SHORT, "--task", "count-next").code == 0
     refused = run_ipt("export", *behind, "--task", "count-next", "--out", tmp_path / "other")
-    assert refused.code == 1 and "one behind it (--prompt-at end) cannot be exported" in refused.err
+    assert refused.code == 1 and "one behind it cannot be exported; collect with --prompt-at front" in refused.err
     assert not (tmp_path / "other").exists()
 
 
