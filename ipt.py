@@ -33,10 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, tasks_text, wanted_scores
+from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, tasks_text, wanted_scores
 from intrinsic_prompt_tuning.results import Reporter, Result, duration
 from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting, versions
 from intrinsic_prompt_tuning.spaces import SpaceKind
@@ -293,6 +294,7 @@ def evaluate(
 def run(
     x: Experiment, dim: Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250 and 10")] = None,
     data_seed: Annotated[int, typer.Option(min=0, help="Of the seen tasks' other data.")] = 21,
+    seeds: Annotated[int, typer.Option(min=1, max=4, help="Runs with other seeds: mean and spread.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
@@ -302,10 +304,18 @@ def run(
     """
     if quick:
         x.restrict(x.named("seen")[::8] + x.named("unseen")[::5])
-    results, scores = x.whole(dim or [250, 10], data_seed)
-    x.make([*results, *scores], dry_run=dry_run)
-    if not dry_run:
-        print_report(make_report(x, scores), as_json, per_task=False, wide=wide)
+    reports = []
+    data_seeds = [data_seed, *(seed for seed in CROSSFIT_SEEDS if seed not in (COLLECTION_SEED, data_seed))]
+    for n in range(seeds):
+        one = x.with_seeds(n) if n else x
+        results, scores = one.whole(dim or [250, 10], data_seeds[n])
+        one.make([*results, *scores], dry_run=dry_run)
+        reports += [] if dry_run else [make_report(one, scores)]
+    if seeds == 1 and reports:
+        print_report(reports[0], as_json, per_task=False, wide=wide)
+    elif reports:
+        rows = spread(reports)
+        echo(json.dumps({"spread": rows, "runs": reports}) if as_json else spread_text(rows).rstrip("\n"))
     x.finish()
 
 

@@ -9,7 +9,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 LEAST_BASELINE = 0.02
@@ -140,3 +140,36 @@ def _crossing(points: Sequence[tuple[int, float]]) -> float | None:
             return math.exp(math.log(before[0]) + share * (math.log(dim) - math.log(before[0])))
         before = dim, gain
     return None
+
+
+def spread(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how the rows of the paper's table, and prompt tuning, differ between runs with other seeds.
+
+    Args:
+        reports: of the runs, each with `rows` (see `result_rows`) and `scores` (`quantity`, `space`, `dim`, `task`, `value`).
+
+    Returns:
+        Of each quantity, space and dim: `n_runs`; `e_rel`, `gain` and `mean_score` as means over runs, their standard deviations
+        as `_sd`; and `task_sd`, the standard deviation of one task's score over runs, a mean over tasks (the paper's Table 2).
+    """
+    about = ("quantity", "space", "dim")
+    figures: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    by_task: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for report in reports:
+        values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for score in report["scores"]:
+            key = tuple(score[name] for name in about)
+            by_task[key][score["task"]].append(score["value"])
+            values[key].append(score["value"])
+        rows = {tuple(row[name] for name in about): row for row in report["rows"]}
+        for key, own in values.items():
+            figures[key].append({"e_rel": None, "gain": None} | rows.get(key, {}) | {"mean_score": fmean(own)})
+    told = []
+    for key, runs in figures.items():
+        deviations = [stdev(values) for values in by_task[key].values() if len(values) > 1]
+        row = dict(zip(about, key, strict=True)) | {"n_runs": len(runs), "task_sd": fmean(deviations) if deviations else None}
+        for name in ("e_rel", "gain", "mean_score"):
+            known = [run[name] for run in runs if run[name] is not None]
+            row |= {name: fmean(known) if known else None, f"{name}_sd": stdev(known) if len(known) > 1 else None}
+        told.append(row)
+    return told

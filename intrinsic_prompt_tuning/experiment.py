@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -138,6 +138,15 @@ class Experiment(Context):
         vectors = [choice for s in spaces for who, seed in challenges for choice in self.intrinsic_vectors(who, seed, s).values()]
         tuned = [result for choice in (*prompts.values(), *vectors) for result in choice]
         return [*tuned, *spaces], self.scores(prompts, spaces, vectors)
+
+    def with_seeds(self, n: int) -> Experiment:
+        """Return the experiment with the n-th next seeds: another initial prompt, other starts, other subspaces."""
+        options = replace(self.options, seed=self.options.seed + n)
+        fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
+        other = Experiment(options, self.tuning, fitting, self.rates, self.report)
+        vars(other).update(backbone=self.backbone, store=self.store, roles=self.roles, left_out=self.left_out)
+        other._samples, other._encoded = self._samples, self._encoded
+        return other
 
     # --- Making them
 

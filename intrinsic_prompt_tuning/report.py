@@ -119,6 +119,21 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     return text.removesuffix("\n")
 
 
+def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write means and standard deviations over runs."""
+
+    def both(row: Mapping[str, Any], name: str) -> str | None:
+        deviation = row[f"{name}_sd"]
+        return None if row[name] is None else f"{row[name]:.3f}" + (f" +- {deviation:.3f}" if deviation is not None else "")
+
+    heads = "quantity|space|dim|runs|E_rel|gain|mean score|one task's deviation"
+    cells = [[*(row[n] for n in ("quantity", "space", "dim", "n_runs")), *(both(row, n) for n in ("e_rel", "gain", "mean_score")),
+              row["task_sd"]] for row in rows]  # fmt: skip
+    return "over runs with other initial prompts, starts, subspaces and data: mean +- standard deviation\n\n" + table_text(
+        heads, cells
+    )
+
+
 def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
     """Write rows of the paper's table: in 100 columns what every reader needs, and what tells two rows apart; or every column."""
 

@@ -426,6 +426,32 @@ def test_running_again_does_nothing_and_prints_the_same_table(whole_run: tuple[P
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
+def test_runs_with_other_seeds_are_told_with_their_spread(whole_run: tuple[Path, list[object], Result], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(whole_run[0], cache)
+    arguments = [*whole_run[1][:-1], cache, "--seeds", 2]
+    told = json.loads(assert_done(run_ipt(*arguments, "--json")).out)
+    first, second = told["runs"]
+    assert len(told["runs"]) == 2 and first["rows"] == json.loads(assert_done(run_ipt(*whole_run[1], "--json")).out)["rows"]
+    assert {row["data_seed"] for row in second["rows"] if row["quantity"] == "T_train_diff(IST)"} == {13}
+    wanted = {("T_test(IST)", "subspace", 6), ("T_train_diff(IST)", "random", 4), ("prompt tuning", None, None)}
+    spread = {(row["quantity"], row["space"], row["dim"]): row for row in told["spread"]}
+    assert wanted <= spread.keys() and all(row["n_runs"] == 2 for row in spread.values())
+    for key in wanted - {("prompt tuning", None, None)}:
+        one, other = (
+            [row["gain"] for row in run["rows"] if (row["quantity"], row["space"], row["dim"]) == key] for run in told["runs"]
+        )
+        if None not in (*one, *other):
+            assert spread[key]["gain"] == pytest.approx((one[0] + other[0]) / 2)
+            assert spread[key]["gain_sd"] == pytest.approx(abs(one[0] - other[0]) / 2**0.5)
+    tuned = [{s["task"]: s["value"] for s in run["scores"] if s["quantity"] == "prompt tuning"} for run in told["runs"]]
+    assert tuned[0] != tuned[1] and tuned[0].keys() == tuned[1].keys()
+    mean = sum(abs(tuned[0][task] - tuned[1][task]) / 2**0.5 for task in tuned[0]) / len(tuned[0])
+    assert spread["prompt tuning", None, None]["task_sd"] == pytest.approx(mean)
+    table = assert_done(run_ipt(*arguments)).out
+    assert re.search(r"^T_test\(IST\) +subspace +6 +2 ", table, re.MULTILINE) and max(map(len, table.splitlines())) <= 110
+
+
 def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[object], Result], cli: Cli, tmp_path: Path) -> None:
     short = [*SHORT, "--slots", 3]
     assert_done(cli("collect", *short))
