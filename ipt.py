@@ -26,20 +26,24 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+import yaml
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
+from intrinsic_prompt_tuning.files import user_cache
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, report_text, wanted_scores
+from intrinsic_prompt_tuning.report import make_report, report_text, table_text, wanted_scores, wrong_answers
 from intrinsic_prompt_tuning.results import Reporter, Result
 from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
+from intrinsic_prompt_tuning.shelf import about_file, cache_files, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
 from intrinsic_prompt_tuning.tuning import TuneConfig
@@ -141,6 +145,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what wou
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
+FileArgument = Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -224,14 +229,17 @@ def tune(
 def evaluate(
     x: Experiment, per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
+    wrong: Annotated[str, typer.Option(metavar="TASK", help="The test rows of a task that are answered wrong, instead.")] = "",
 ) -> None:  # fmt: skip
     """Score everything in the cache on the test rows, and print the paper's table.
 
     Example: ipt eval --per-task
     """
-    scores = wanted_scores(x)
+    scores = wanted_scores(x, wrong)
     x.make(scores, dry_run=dry_run)
-    if not dry_run:
+    if wrong and not dry_run:
+        print_found({} if rank() else wrong_answers(x, scores, None if as_json else stderr.width - 11), as_json)
+    elif not dry_run:
         print_report(make_report(x, scores), as_json, per_task=per_task, wide=wide)
     x.finish()
 
@@ -310,6 +318,41 @@ def export_command(
     x.report.say(f"adapter: {out}")
 
 
+@app.command("show")
+@with_options(Options, in_processes=False)
+def show_command(x: Experiment, file: FileArgument, as_json: JsonOption = False) -> None:
+    """Tell what a file of the cache is; of a prompt also its nearest words, of a subspace its tasks and spectrum.
+
+    Example: ipt show fbdca412 --json
+    """
+    print_found(about_file(x, file), as_json)
+
+
+@app.command("cache")
+def cache_command(
+    do: Annotated[Literal["ls", "rm"], typer.Argument(help="List files, or remove them.")] = "ls",
+    query: Annotated[str, typer.Argument(help="A kind, or a pattern of paths in the cache; rm needs it.")] = "",
+    cache: option(Options, "cache") = None,  # type: ignore[valid-type]
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """List what the cache holds by backbone and kind, or remove some of it.
+
+    Example: ipt cache rm "*/day-next-*" --yes
+    """
+    folder, rm = cache or user_cache(), do == "rm"
+    if rm and not query:
+        raise typer.BadParameter("say what to remove, such as scores or '*/day-next-*'", param_hint="QUERY")
+    files, sizes = cache_files(folder, query or "*"), dict[tuple[Any, ...], list[int]]()
+    for path, (kind, size) in files.items():
+        for group in ((path if rm else path.parts[0], kind), ("all", "")):
+            sizes.setdefault(group, []).append(size)
+    echo(table_text("where|kind|files|size", [[*group, len(own), decimal(sum(own))] for group, own in sizes.items()]).rstrip())
+    if rm and not yes and not sys.stdin.isatty():
+        raise IptError("nothing was removed, as nobody can be asked here: add --yes")
+    if rm and (yes or typer.confirm("Remove them?", err=True)):
+        Terminal().say(f"removed {remove(folder, files)} of {len(files)} files")
+
+
 @app.command("tasks")
 @with_options(Options, in_processes=False)
 def tasks_command(
@@ -361,6 +404,12 @@ def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide:
     """Print the paper's table for people, or all of it as one JSON object."""
     told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
     echo(json.dumps(told) if as_json else report_text(told, wide=wide))
+
+
+def print_found(found: dict[str, Any], as_json: bool) -> None:
+    """Print what was found as one JSON object, or for people as YAML."""
+    told = json.dumps(found) if as_json else yaml.safe_dump(found, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    echo(told.rstrip())
 
 
 class Terminal(Reporter):
