@@ -340,9 +340,7 @@ def cache_command(
     Example: ipt cache rm "*/day-next-*" --yes
     """
     folder, rm = cache or user_cache(), do == "rm"
-    if rm and not query:
-        raise typer.BadParameter("say what to remove, such as scores or '*/day-next-*'", param_hint="QUERY")
-    files, sizes = cache_files(folder, query or "*"), dict[tuple[Any, ...], list[int]]()
+    files, sizes = cache_files(folder, query if rm else query or "*"), dict[tuple[Any, ...], list[int]]()
     for path, (kind, size) in files.items():
         for group in ((path if rm else path.parts[0], kind), ("all", "")):
             sizes.setdefault(group, []).append(size)
@@ -408,8 +406,8 @@ def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide:
 
 def print_found(found: dict[str, Any], as_json: bool) -> None:
     """Print what was found as one JSON object, or for people as YAML."""
-    told = json.dumps(found) if as_json else yaml.safe_dump(found, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    echo(told.rstrip())
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": stderr.width}
+    echo(json.dumps(found) if as_json else yaml.safe_dump(found, **style).rstrip())
 
 
 class Terminal(Reporter):

@@ -28,9 +28,8 @@ def wanted_scores(x: Experiment, task: str = "") -> list[Result]:
         raise IptError(f"the task '{task}' is not in the split {x.options.split}: name another with --split")
     prompts = x.found_prompts(x.named("seen", "unseen"))
     if not prompts or task not in ("", *prompts):
-        what = f"task {task}" if task else f"split {x.options.split}"
         raise IptError(
-            f"{x.store.folder} holds no soft prompt of the {what}: run 'ipt collect' first"
+            f"{x.store.folder} holds no soft prompt of {task or f'the split {x.options.split}'}: run 'ipt collect' first"
             + "".join(f"; {why}" for why in x.left_out.values())
         )
     subspaces = x.found_subspaces()
@@ -38,22 +37,16 @@ def wanted_scores(x: Experiment, task: str = "") -> list[Result]:
 
 
 def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) -> dict[str, Any]:
-    """Return what scores of one task are of, numbered, and the test rows that are answered wrong: input, right and wrong answers.
-
-    Right is what the metric gives full marks alone, or, where it is one of all rows together, what is a reference. Inputs are
-    cut to a width, and a wrong answer stands with the numbers of those that gave it.
-    """
+    """Return what scores of one task are of, numbered, and test rows: input, right answers, and by those numbers the wrong ones."""
     scores = [score for score in scores if score.header["stage"] != "one answer for all"]
     task, metric, answers = scores[0].header["task"], scores[0].header["metric"], answers_of(x, scores)
-    of_one, rows = METRICS[metric if metric in ("EM", "QA-F1", "Rouge-L") else "ACC"], list[dict[str, Any]]()
+    score_one, rows = METRICS[metric if metric in ("EM", "QA-F1", "Rouge-L") else "ACC"], list[dict[str, Any]]()
+    # A metric of all rows together says nothing of one: there, what is a reference is right.
     for n, row in enumerate(x.sample(task, COLLECTION_SEED).test):
-        wrong: dict[str, list[int]] = {}
-        for number, score in enumerate(scores, 1):
-            if of_one([answers[score.name][n]], [row.answers]) < 1:
-                wrong.setdefault(answers[score.name][n], []).append(number)
-        text = row.input if width is None else " ".join(row.input.split())[:width]
+        wrong = {at: own[n] for at, own in enumerate(answers.values(), 1) if score_one([own[n]], [row.answers]) < 1}
+        text = " ".join(row.input.split())[:width]
         rows += [{"row": n + 1, "input": text, "right": list(row.answers), "wrong": wrong}] if wrong else []
-    told = {number: told_score(x, score) for number, score in enumerate(scores, 1)}
+    told = {at: {k: v for k, v in told_score(x, score).items() if v is not None} for at, score in enumerate(scores, 1)}
     return {"task": task, "metric": metric, "prompts": told, "rows": rows}
 
 
@@ -97,14 +90,8 @@ def told_score(x: Experiment, score: Result) -> dict[str, Any]:
     name = stage if stage in BASELINES else paper_name(stage, role, same_data=header["data_seed"] == COLLECTION_SEED)
     about = {key: header.get(key) for key in ("space", "start", "dim", "data_seed", "subspace")}
     candidates = len(header["of"][0]) if header["of"] else 1
-    return {
-        "quantity": name,
-        "task": header["task"],
-        **about,
-        "candidates": candidates,
-        "value": record["score"],
-        "n": record["n"],
-    }
+    about |= {"candidates": candidates, "value": record["score"], "n": record["n"]}
+    return {"quantity": name, "task": header["task"], **about}
 
 
 def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:

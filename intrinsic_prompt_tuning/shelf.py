@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -20,8 +21,8 @@ from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, FewShotFiles
 
 PLACE = re.compile(
-    r"(samples|[^/]+-[0-9a-f]{8})/(soft-prompts|subspaces|intrinsic-vectors|scores|claims|budgets|[^/]+-[0-9a-f]{16}/[^/]+)/"
-    r"\.?[^/]+?(-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|-\d+)(\.\d+)?"
+    r"(?:samples/[^/]+-[0-9a-f]{16}/[^/]+|[^/]+-[0-9a-f]{8}/(?:soft-prompts|subspaces|intrinsic-vectors|scores|claims|budgets))/"
+    r"\.?[^/]+?(?:-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|-\d+)(\.\d+)?"
 )
 """Where below the cache its files are; the rest is nothing of ipt's. A temporary name ends in the number of its process."""
 
@@ -36,16 +37,16 @@ def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:
         raise IptError(f"'{query}' leads out of the cache: name a kind, such as scores, or a pattern of paths below {cache}")
     found = dict[Path, tuple[str, int]]()
     for path in sorted(Path(folder, name).relative_to(cache) for folder, _, names in os.walk(cache) for name in names):
-        if (match := PLACE.fullmatch(path.as_posix())) and not (cache / path).is_symlink():
-            top, kind, end, temporary = match.groups()
-            kind = "samples" if top == "samples" else "unfinished" if end.endswith(UNFINISHED) else kind
-            # The files of a sample need each other, so only their folder can be meant.
-            name, kind = (path.parent if kind == "samples" else path).as_posix(), "leftovers" if temporary else kind
-            meant = query == kind or any(fnmatchcase(name, pattern) for pattern in (query, f"{query.rstrip('/')}/*"))
-            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                about = (cache / path).stat()
-                if meant and (not temporary or about.st_mtime < time.time() - 600):  # else it is being written
-                    found[path] = kind, about.st_size
+        sample, match = path.parts[0] == "samples", PLACE.fullmatch(path.as_posix())
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            about = (cache / path).lstat()
+            if not match or stat.S_ISLNK(about.st_mode) or (match[1] and about.st_mtime > time.time() - 600):
+                continue  # not ipt's, or being written
+            kind = "unfinished" if path.suffix == UNFINISHED else "samples" if sample else path.parts[1]
+            kind = "leftovers" if match[1] else kind
+            name = (path.parent if sample else path).as_posix()  # the files of a sample need each other
+            if query == kind or fnmatchcase(name, query) or fnmatchcase(name, f"{query.rstrip('/')}/*"):
+                found[path] = kind, about.st_size
     if not found:
         raise IptError(f"the cache {cache} holds no file of ipt" + (f" that '{query}' means" if query != "*" else ""))
     return found
@@ -64,10 +65,9 @@ def remove(cache: Path, files: dict[Path, tuple[str, int]]) -> int:
             if path.parent.name != "claims" and claims.take(names) == names:
                 (cache / path).unlink(missing_ok=True)
                 gone += 1
+            claims.give_back()
         except OSError as error:
             raise IptError(f"cannot remove {cache / path}: {error.strerror}; {gone} were removed before") from error
-        finally:
-            claims.give_back()
     return gone
 
 
@@ -81,17 +81,14 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
     if re.fullmatch("[0-9a-f]{4,16}", given) and not path.exists():
         named = [file for file in cache_files(x.cache) if f"-{given}" in file.name]
         path = x.cache / named[0] if len(named) == 1 else path
-    if not os.path.isfile(path):  # noqa: PTH113 (it takes any text)
-        raise IptError(f"{path} is no file, nor the beginning of one result's name; 'ipt cache' tells what {x.cache} holds")
-    if match := FEW_SHOT_FILE.fullmatch(path.name):
+    match = FEW_SHOT_FILE.fullmatch(path.name)
+    if not os.path.isfile(path) or not (match or path.suffix in (".safetensors", UNFINISHED)):  # noqa: PTH113 (it takes any text)
+        raise IptError(f"{path} is no file of ipt, nor the beginning of one result's name in {x.cache}: see 'ipt cache'")
+    if match:
         rows = FewShotFiles(task=match["task"], files={}).read(path)
         answers = dict(Counter(row.answers[0] for row in rows).most_common(20))
-        first = [f"{row.input} -> {' / '.join(row.answers)}" for row in rows[:5]]
+        first = [{"input": row.input, "answers": list(row.answers)} for row in rows[:5]]
         return {"file": given, **match.groupdict(), "rows": len(rows), "answers": answers, "first": first}
-    if path.suffix not in (".safetensors", UNFINISHED):
-        raise IptError(
-            f"{path} is no file of ipt: expected .safetensors, {UNFINISHED} or few-shot rows (TASK_K_SEED_train.jsonl)"
-        )
     header, record, tensors = read_file(path)
     about: dict[str, Any] = {"file": str(path), "name": digest(header), "header": header, "record": record}
     about["tensors"] = {name: " x ".join(map(str, tensor.shape)) for name, tensor in tensors.items()}
@@ -124,5 +121,4 @@ def _nearest_words(x: Context, made: str, soft_prompt: Any) -> list[dict[str, fl
     words = x.backbone.tokenizer.batch_decode([[token] for token in range(len(x.backbone.tokenizer))])
     vocabulary = x.backbone.model.get_input_embeddings()(torch.arange(len(words), device=x.backbone.device)).float()
     cosines = [torch.nn.functional.cosine_similarity(row, vocabulary) for row in soft_prompt.to(vocabulary)[:, None]]
-    found = [list(zip(*own.topk(min(5, len(words))), strict=True)) for own in cosines]
-    return [{words[token]: round(float(value), 3) for value, token in own} for own in found]
+    return [{words[i]: round(float(own[i]), 3) for i in own.argsort(descending=True)[:5].tolist()} for own in cosines]
