@@ -37,7 +37,7 @@ def wanted_scores(x: Experiment, task: str = "") -> list[Result]:
 
 
 def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) -> dict[str, Any]:
-    """Return what scores of one task are of, numbered, and test rows: input, right answers, and by those numbers the wrong ones."""
+    """Return what scores of one task are of, numbered, and test rows: input, right answers, and by those numbers wrong ones."""
     scores = [score for score in scores if score.header["stage"] != "one answer for all"]
     task, metric, answers = scores[0].header["task"], scores[0].header["metric"], answers_of(x, scores)
     score_one, rows = METRICS[metric if metric in ("EM", "QA-F1", "Rouge-L") else "ACC"], list[dict[str, Any]]()
