@@ -25,9 +25,10 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -35,11 +36,22 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Sta
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.experiment import Experiment
+from intrinsic_prompt_tuning.files import user_cache
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, tasks_text, wanted_scores
-from intrinsic_prompt_tuning.results import Reporter, Result, duration
+from intrinsic_prompt_tuning.report import (
+    make_report,
+    report_text,
+    sample_text,
+    spread_text,
+    table_text,
+    tasks_text,
+    wanted_scores,
+    wrong_answers,
+)
+from intrinsic_prompt_tuning.results import Reporter, Result, duration, size
 from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting, versions
+from intrinsic_prompt_tuning.shelf import about_file, cache_files, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
 from intrinsic_prompt_tuning.tasks.checks import read_mapping
@@ -194,6 +206,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what wou
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
+FileArgument = Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -277,14 +290,17 @@ def tune(
 def evaluate(
     x: Experiment, per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
+    wrong: Annotated[str, typer.Option(metavar="TASK", help="The test rows of a task that are answered wrong, instead.")] = "",
 ) -> None:  # fmt: skip
     """Score everything in the cache on the test rows, and print the paper's table.
 
     Example: ipt eval --per-task
     """
-    scores = wanted_scores(x)
+    scores = wanted_scores(x, wrong)
     x.make(scores, dry_run=dry_run)
-    if not dry_run:
+    if wrong and not dry_run:
+        print_found({} if rank() else wrong_answers(x, scores, None if as_json else stderr.width - 11), as_json)
+    elif not dry_run:
         print_report(make_report(x, scores), as_json, per_task=per_task, wide=wide)
     x.finish()
 
@@ -363,6 +379,39 @@ def export_command(
     x.report.say(f"adapter: {out}")
 
 
+@app.command("show")
+@with_options(Options, in_processes=False)
+def show_command(x: Experiment, file: FileArgument, as_json: JsonOption = False) -> None:
+    """Tell what a file of the cache is; of a prompt also its nearest words, of a subspace its tasks and spectrum.
+
+    Example: ipt show fbdca412 --json
+    """
+    print_found(about_file(x, file), as_json)
+
+
+@app.command("cache")
+def cache_command(
+    do: Annotated[Literal["ls", "rm"], typer.Argument(help="List files, or remove them.")] = "ls",
+    query: Annotated[str, typer.Argument(help="A kind, or a pattern of paths in the cache; rm needs it.")] = "",
+    cache: option(Options, "cache") = None,  # type: ignore[valid-type]
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """List what the cache holds by backbone and kind, or remove some of it.
+
+    Example: ipt cache rm "*/day-next-*" --yes
+    """
+    folder, rm = cache or user_cache(), do == "rm"
+    files, sizes = cache_files(folder, query if rm else query or "*"), dict[tuple[Any, ...], list[int]]()
+    for path, (kind, n_bytes) in files.items():
+        for group in ((path if rm else path.parts[0], kind), ("all", "")):
+            sizes.setdefault(group, []).append(n_bytes)
+    echo(table_text("where|kind|files|size", [[*group, len(own), size(sum(own))] for group, own in sizes.items()]).rstrip())
+    if rm and not yes and not sys.stdin.isatty():
+        raise IptError("nothing was removed, as nobody can be asked here: add --yes")
+    if rm and (yes or typer.confirm("Remove them?", err=True)):
+        Terminal().say(f"removed {remove(folder, files)} of {len(files)} files")
+
+
 @app.command("tasks")
 @with_options(Options, in_processes=False)
 def tasks_command(
@@ -400,6 +449,12 @@ def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide:
     """Print the paper's table for people, or all of it as one JSON object."""
     told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
     echo(json.dumps(told) if as_json else report_text(told, wide=wide))
+
+
+def print_found(found: dict[str, Any], as_json: bool) -> None:
+    """Print what was found as one JSON object, or for people as YAML."""
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": stderr.width}
+    echo(json.dumps(found) if as_json else yaml.safe_dump(found, **style).rstrip())
 
 
 class Terminal(Reporter):

@@ -138,7 +138,7 @@ def make_scores(x: Context, results: Sequence[Result], after_step: AfterStep) ->
     """Score prompts on test rows, many prompts at a time."""
     for start in range(0, len(results), 32):
         some = results[start : start + 32]
-        answers = _answers(x, [result for result in some if result.header["stage"] != "one answer for all"])
+        answers = answers_of(x, [result for result in some if result.header["stage"] != "one answer for all"])
         for result in some:
             sample, metric = x.sample(result.header["task"], COLLECTION_SEED), result.header["metric"]
             guesses = answers.get(result.name) or [_one_answer(sample, metric)] * len(sample.test)
@@ -147,7 +147,7 @@ def make_scores(x: Context, results: Sequence[Result], after_step: AfterStep) ->
     x.remember_budgets()
 
 
-def _answers(x: Context, results: Sequence[Result]) -> dict[str, list[str]]:
+def answers_of(x: Context, results: Sequence[Result]) -> dict[str, list[str]]:
     """Return what is answered to the test rows behind the prompts that scores are of, by the scores' names."""
     found: dict[str, list[str]] = {}
     for _, group in itertools.groupby(results, key=lambda result: result.header["stage"] == "no prompt"):

@@ -10,26 +10,44 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.evaluation import dimensions_needed, paper_name, result_rows
 from intrinsic_prompt_tuning.experiment import Experiment, differences
+from intrinsic_prompt_tuning.makers import answers_of
+from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import Result
 
 BASELINES = {"prompt tuning": "mean_score", "no prompt": "no_prompt", "one answer for all": "one_answer"}
 """Stages of scores that need no subspace -> keys of the report."""
 
 
-def wanted_scores(x: Experiment) -> list[Result]:
-    """Describe the scores of all that the cache holds of the split's tasks.
+def wanted_scores(x: Experiment, task: str = "") -> list[Result]:
+    """Describe the scores of all that the cache holds of the split's tasks, or of one of them.
 
     Raises:
-        IptError: there is no soft prompt to compare with.
+        IptError: there is no soft prompt to compare with, or the task is not in the split.
     """
+    if task and x.task(task).name not in x.roles:
+        raise IptError(f"the task '{task}' is not in the split {x.options.split}: name another with --split")
     prompts = x.found_prompts(x.named("seen", "unseen"))
-    if not prompts:
+    if not prompts or task not in ("", *prompts):
         raise IptError(
-            f"{x.store.folder} holds no soft prompt of the split {x.options.split}: run 'ipt collect' first"
+            f"{x.store.folder} holds no soft prompt of {task or f'the split {x.options.split}'}: run 'ipt collect' first"
             + "".join(f"; {why}" for why in x.left_out.values())
         )
     subspaces = x.found_subspaces()
-    return x.scores(prompts, subspaces, x.found_vectors(subspaces))
+    return [s for s in x.scores(prompts, subspaces, x.found_vectors(subspaces)) if task in ("", s.header["task"])]
+
+
+def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) -> dict[str, Any]:
+    """Return what scores of one task are of, numbered, and test rows: input, right answers, and by those numbers wrong ones."""
+    scores = [score for score in scores if score.header["stage"] != "one answer for all"]
+    task, metric, answers = scores[0].header["task"], scores[0].header["metric"], answers_of(x, scores)
+    score_one, rows = METRICS[metric if metric in ("EM", "QA-F1", "Rouge-L") else "ACC"], list[dict[str, Any]]()
+    # A metric of all rows together says nothing of one: there, what is a reference is right.
+    for n, row in enumerate(x.sample(task, COLLECTION_SEED).test):
+        wrong = {at: own[n] for at, own in enumerate(answers.values(), 1) if score_one([own[n]], [row.answers]) < 1}
+        text = " ".join(row.input.split())[:width]
+        rows += [{"row": n + 1, "input": text, "right": list(row.answers), "wrong": wrong}] if wrong else []
+    told = {at: {k: v for k, v in told_score(x, score).items() if v is not None} for at, score in enumerate(scores, 1)}
+    return {"task": task, "metric": metric, "prompts": told, "rows": rows}
 
 
 def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
@@ -41,7 +59,7 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
         again, but for those whose very question the backbone was trained on), `subspaces` (what tells apart those of one space
         and dim) and `scores` (one a task).
     """
-    told = [_told(x, score) for score in scores]
+    told = [told_score(x, score) for score in scores]
     by_stage = {stage: {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in BASELINES}
     tuned, floor = by_stage["prompt tuning"], by_stage["no prompt"]
     roles = {role: [task for task in tuned if x.roles[task] == role] for role in dict.fromkeys(x.roles[task] for task in tuned)}
@@ -65,21 +83,15 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
     }
 
 
-def _told(x: Experiment, score: Result) -> dict[str, Any]:
+def told_score(x: Experiment, score: Result) -> dict[str, Any]:
     """Return a score as the table takes it."""
     header, (record, _) = score.header, x.store.read(score)
     stage, role = header["stage"], x.roles[header["task"]]
     name = stage if stage in BASELINES else paper_name(stage, role, same_data=header["data_seed"] == COLLECTION_SEED)
     about = {key: header.get(key) for key in ("space", "start", "dim", "data_seed", "subspace")}
     candidates = len(header["of"][0]) if header["of"] else 1
-    return {
-        "quantity": name,
-        "task": header["task"],
-        **about,
-        "candidates": candidates,
-        "value": record["score"],
-        "n": record["n"],
-    }
+    about |= {"candidates": candidates, "value": record["score"], "n": record["n"]}
+    return {"quantity": name, "task": header["task"], **about}
 
 
 def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:

@@ -33,6 +33,8 @@ def test_the_readme_names_every_command() -> None:
         "predict",
         "export",
         "tasks",
+        "show",
+        "cache",
     }
 
 

@@ -66,12 +66,13 @@ class FewShotFiles:
         test = self.files.get((k, data_seed, "test"), self.files.get((0, 0, "test")))
         if test is None and test_rows != 0:
             raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
-        train, dev = (self._read(self.files[k, data_seed, part]) for part in ("train", "dev"))
+        train, dev = (self.read(self.files[k, data_seed, part]) for part in ("train", "dev"))
         if not (train and dev):
             raise IptError(f"task '{self.task}': its train or dev file for data seed {data_seed} is empty")
-        return Sample(train, dev, drawn_test_rows(self._read(test), test_rows) if test and test_rows != 0 else ())
+        return Sample(train, dev, drawn_test_rows(self.read(test), test_rows) if test and test_rows != 0 else ())
 
-    def _read(self, path: Path) -> Rows:
+    def read(self, path: Path) -> Rows:
+        """Return the rows of a file; those of TSV have the options of all."""
         try:
             lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a row may hold any other line separator
         except (OSError, UnicodeDecodeError) as error:
@@ -153,7 +154,7 @@ def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Ta
 def _task_of(source: FewShotFiles, known: Task | None) -> Task:
     if known is None:
         first = next(path for (_, seed, part), path in source.files.items() if part == "train" and seed in source.seeds)
-        options = {row.options for row in source._read(first)}
+        options = {row.options for row in source.read(first)}
         kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
         known = Task(name=source.task, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=source.draw, source="")
     source = replace(source, per_label=known.kind == "classification", options=known.words)
@@ -194,7 +195,7 @@ def kept(task: Task, folder: Path) -> Task:
             for path, rows in zip(files.values(), sample, strict=True):
                 write_bytes(path, b"".join(_json_line(row) for row in rows))
         source = FewShotFiles(task=task.name, files={(k, data_seed, part): path for part, path in files.items()})
-        return Sample(*(source._read(path) for path in files.values()))
+        return Sample(*(source.read(path) for path in files.values()))
 
     return task if task.definition is None else replace(task, draw=draw)
 
