@@ -35,7 +35,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
+from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
+from intrinsic_prompt_tuning.page import make_page
+from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, report_text, wanted_scores
 from intrinsic_prompt_tuning.results import Reporter, Result
@@ -141,6 +144,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what wou
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
+QuantityOption = Annotated[Quantity, typer.Option(help="What pictures show of scores.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -310,6 +314,48 @@ def export_command(
     x.report.say(f"adapter: {out}")
 
 
+@app.command()
+@with_options(Options)
+def plot(
+    x: Experiment, picture: Annotated[list[Picture] | None, typer.Argument(help="Which.", show_default="all")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(), quantity: QuantityOption = "e_rel",
+    kind: Annotated[list[Format] | None, typer.Option("--format", help="Repeat it for both.", show_default="png")] = None,
+    dim: OneDimOption = None,
+) -> None:  # fmt: skip
+    """Draw the paper's pictures of what the cache holds, which is scored first as by eval.
+
+    Example: ipt plot dimensions --quantity gain --format svg
+    """
+    if why := lacking():
+        raise IptError(why)
+    scores = wanted_scores(x)
+    x.make(scores)
+    files = draw(x, scores, make_report(x, scores)["rows"], picture or (), kind or ("png",), quantity, dim) if rank() == 0 else {}
+    for name, content in files.items():
+        write_bytes(out / name, content, "--out")
+        x.report.say(f"picture: {out / name}")
+    x.finish()
+
+
+@app.command("report")
+@with_options(Options)
+def report_command(
+    x: Experiment, out: Annotated[Path, typer.Option(help="File to write.")], quantity: QuantityOption = "e_rel"
+) -> None:
+    """Write what the cache holds as one page of HTML: what was run, the table, pictures, every task's scores.
+
+    Example: ipt report --out page.html
+    """
+    scores = wanted_scores(x)
+    x.make(scores)
+    if rank() == 0:
+        table, why = make_report(x, scores), lacking()
+        drawn = {} if why else draw(x, scores, table["rows"], formats=["svg"], quantity=quantity)
+        write_bytes(out, make_page(x, scores, table, drawn, versions()).encode(), "--out")
+        x.report.say(f"page: {out}" + (f", without pictures: {why}" if why else ""))
+    x.finish()
+
+
 @app.command("tasks")
 @with_options(Options, in_processes=False)
 def tasks_command(
@@ -404,13 +450,16 @@ class Terminal(Reporter):
         self.say(f"{label}: done in {time.monotonic() - begin:.0f} s")
 
 
+def versions() -> str:
+    """Return the versions of ipt and of what its figures depend on."""
+    packages = {"intrinsic-prompt-tuning": "ipt"} | {name: name for name in ("torch", "transformers", "datasets", "safetensors")}
+    return ", ".join(f"{shown} {importlib.metadata.version(name)}" for name, shown in packages.items())
+
+
 def print_version(asked: bool) -> None:
     """Print the versions that a report of a mistake needs, and end."""
     if asked:
-        packages = {"intrinsic-prompt-tuning": "ipt"} | {
-            name: name for name in ("torch", "transformers", "datasets", "safetensors")
-        }
-        echo(", ".join(f"{shown} {importlib.metadata.version(name)}" for name, shown in packages.items()))
+        echo(versions())
         raise typer.Exit
 
 
