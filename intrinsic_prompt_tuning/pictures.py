@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,21 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Quantity = Literal["e_rel", "gain"]
-Picture = StrEnum("Picture", {name: name for name in ("dimensions", "seen-tasks", "components", "similarity")})
-Format = StrEnum("Format", {name: name for name in ("png", "svg")})
+Picture = StrEnum("Picture", ["dimensions", "seen-tasks", "components", "similarity"])
+Format = StrEnum("Format", ["png", "svg"])
 Row = Mapping[str, Any]
 SPACES = {
     "subspace": ("learned subspace", "#0072B2", "o"), "random": ("random space", "#E69F00", "s"),
-    "low-rank": ("low-rank space", "#009E73", "D"), "linear": ("linear subspace", "#56B4E9", "v"),
-    "random-unscaled": ("unscaled random space", "#D55E00", "^"), "nearest": ("nearest seen prompt", "#CC79A7", "P"),
+    "low-rank": ("low-rank space", "#009E73", "D"), "nearest": ("nearest seen prompt", "#CC79A7", "P"),
+    "linear": ("linear subspace", "#56B4E9", "v"), "random-unscaled": ("unscaled random space", "#D55E00", "^"),
     "mean": ("mean seen prompt", "#000000", "X"),
 }  # fmt: skip
 """Space -> what a legend calls it, its colour, its marker."""
 COLOURS, STROKES = [colour for _, colour, _ in SPACES.values()], ("-", "--", ":", "-.")
-TASKS_OF = {
-    "T_train_diff": "seen tasks, other data", "T_train_same": "seen tasks, same data", "T_test": "unseen tasks",
-    "T_test_in": "unseen tasks of a seen type", "T_test_out": "unseen tasks of another type",
-}  # fmt: skip
 QUANTITIES = {"e_rel": "E_rel (1: prompt tuning)", "gain": "gain (0: no prompt, 1: prompt tuning)"}
 STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
 STYLE |= {"legend.frameon": False, "legend.title_fontsize": 9, "svg.hashsalt": "ipt"}
@@ -95,7 +92,7 @@ def lines(rows: Iterable[Row], scores: Iterable[Result], across: str) -> dict[st
     spaces = [choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]
     seen |= {space.name: len(space.header["prompts"]) for space in spaces}
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (list(SPACES).index(row["space"]), "(IST)" not in row["quantity"])):
+    for row in sorted(rows, key=lambda row: (list(SPACES).index(row["space"]), "(IST)" not in row["quantity"], row["dim"])):
         shown, msf = {**row, "seen_tasks": seen[row["subspace"]]}, "(MSF)" in row["quantity"]
         if shown["seen_tasks"] < max(seen.values()) if across == "dim" else msf or "T_train" in row["quantity"]:
             continue
@@ -125,7 +122,8 @@ def by_number(drawn: Mapping[str, Sequence[Row]], quantity: Quantity, across: st
         shown = [row for row in every if row["quantity"] in (panel, *(f"{same_tasks}({s})" for s in ("MSF", "nearest", "mean")))]
         _panel(ax, {label: [row for row in shown if row in own] for label, own in drawn.items()}, quantity, across)
         n = max(row["n_tasks"] + (quantity == "gain") * row["n_excluded"] for row in shown)
-        ax.set(title=f"{TASKS_OF[role]}: {panel}, n={n}", ylabel=QUANTITIES[quantity])
+        title = f"{'seen' if 'train' in role else 'unseen'} tasks{', other data' * ('diff' in role)}: {panel}, n={n}"
+        ax.set(title=title, ylabel=QUANTITIES[quantity])
     name = f"numbers tuned per task, in spaces made of {every[0]['seen_tasks']} seen tasks"
     ax.set_xlabel(name if across == "dim" else "seen tasks that the space is made of")
     (low, high), values = ax.get_ylim(), [row[quantity] for row in every]
@@ -193,27 +191,29 @@ def tuned_vectors(x: Experiment, scores: Iterable[Result], dim: int | None) -> t
     return vectors, list(own), [x.task(task).kind for task in own], [x.roles[task].split("-")[0] for task in own]
 
 
-def probe(vectors: Any, kinds: Sequence[str]) -> dict[str, float]:
-    """Tell how well a linear probe, ridge regression on the kinds (tasks), finds the kind of vectors (tasks, dim).
+def probe(vectors: Any, kinds: Sequence[str]) -> float:
+    """Return the share of tasks whose kind a linear probe finds that was fitted on all others: ridge regression on the kinds.
 
-    Returns:
-        `accuracy`, each task left out once; `largest`, the share of the largest kind; `shuffled`, what 19 in 20 of 1,000 probes
-        of shuffled kinds do not exceed.
+    Args:
+        vectors: (tasks, dim).
+        kinds: of the tasks.
     """
     centred, n = vectors - vectors.mean(0), len(vectors)
     products = centred @ centred.T
     products = products * n / max(np.trace(products), 1e-12) + 1  # the 1 is the probe's constant
-    fit = products @ np.linalg.inv(products + np.eye(n))
-    own, truth = np.diag(fit)[:, None], np.unique(kinds, return_inverse=True)[1]
+    fit, truth = products @ np.linalg.inv(products + np.eye(n)), np.unique(kinds, return_inverse=True)[1]
+    targets, own = np.eye(n)[truth], np.diag(fit)[:, None]
+    left_out = (fit @ targets - own * targets) / (1 - own)  # what the probe fitted without a task says of it
+    return float((left_out.argmax(1) == truth).mean())
 
-    def accuracy(labels: Any) -> float:
-        targets = np.eye(labels.max() + 1)[labels]
-        left_out = (fit @ targets - own * targets) / (1 - own)  # what the probe fitted without this task says of it
-        return float((left_out.argmax(1) == labels).mean())
 
-    rng = np.random.default_rng(0)
-    shuffled = np.quantile([accuracy(rng.permutation(truth)) for _ in range(1000)], 0.95, method="higher")
-    return {"accuracy": accuracy(truth), "largest": float(np.bincount(truth).max() / n), "shuffled": float(shuffled)}
+def about(vectors: Any) -> str:
+    """Return what vectors (tasks, dim) are, for a title."""
+    return f"intrinsic vectors of {len(vectors)} tasks, {vectors.shape[1]} numbers each"
+
+
+def _colours(kinds: Iterable[str]) -> dict[str, str]:
+    return dict(zip(sorted(set(kinds)), COLOURS * 9, strict=False))
 
 
 def components(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: Sequence[str]) -> Figure:
@@ -222,19 +222,14 @@ def components(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: 
     shares = [*sizes**2 / max((sizes**2).sum(), 1e-12), 0]
     places = np.pad(left * sizes, ((0, 0), (0, 1)))  # one number has no second component
     figure, ax = _figure(6.4, 5)
-    groups = list(zip(kinds, roles, strict=True))
-    for kind, role in sorted(set(groups)):
-        at = places[[own == (kind, role) for own in groups]]
+    for kind, role in sorted(set(zip(kinds, roles, strict=True))):
+        at = places[(np.array(kinds) == kind) & (np.array(roles) == role)]
         look = {"marker": "^", "s": 60, "edgecolor": "black"} if role == "unseen" else {"edgecolor": "white"}
-        colour = COLOURS[sorted(set(kinds)).index(kind) % 7]
-        ax.scatter(at[:, 0], at[:, 1], color=colour, label=f"{kind}, {role} ({len(at)})", linewidth=0.8, **look)
+        ax.scatter(at[:, 0], at[:, 1], color=_colours(kinds)[kind], label=f"{kind}, {role} ({len(at)})", linewidth=0.8, **look)
     ax.set(xlabel=f"principal component 1 ({shares[0]:.0%} of variance)", ylabel=f"principal component 2 ({shares[1]:.0%})")
-    told = {name: f"{value:.0%}" for name, value in probe(vectors, kinds).items()}
-    ax.set_title(
-        f"intrinsic vectors of {len(tasks)} tasks, {vectors.shape[1]} numbers each\n"
-        f"linear probe: right kind for {told['accuracy']} of tasks, each left out once\n"
-        f"(largest kind {told['largest']}; of shuffled kinds at most {told['shuffled']} in 19 of 20 cases)"
-    )
+    chance = max(Counter(kinds).values()) / len(tasks)
+    found = f"linear probe: right kind for {probe(vectors, kinds):.0%} of tasks, each left out once"
+    ax.set_title(f"{about(vectors)}\n{found}\n(chance, the share of the largest kind: {chance:.0%})")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -255,7 +250,7 @@ def similarity(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: 
     """Draw the cosines of tasks' vectors less their mean as a matrix in which like tasks stand together."""
     from matplotlib.patches import Patch
 
-    n, known = len(tasks), dict(zip(sorted(set(kinds)), COLOURS * len(kinds), strict=False))
+    n, colours = len(tasks), _colours(kinds)
     unit = vectors - vectors.mean(0)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     cosines, others, same = unit @ unit.T, ~np.eye(n, dtype=bool), np.equal.outer(kinds, kinds)
@@ -269,9 +264,8 @@ def similarity(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: 
     ax.set(xticks=[], facecolor="0.6")
     ax.set_yticks(range(n), [tasks[i] + " *" * (roles[i] == "unseen") for i in order], fontsize=size)
     for tick, i in zip(ax.get_yticklabels(), order, strict=True):
-        tick.set_color(known[kinds[i]])
-    about = f"intrinsic vectors of {n} tasks, {vectors.shape[1]} numbers each; *: unseen"
-    ax.set_title(f"{about}\nmean cosine {means[0]} between tasks of one kind, {means[1]} of two kinds")
+        tick.set_color(colours[kinds[i]])
+    ax.set_title(f"{about(vectors)} (*: unseen)\nmean cosine {means[0]} between tasks of one kind, {means[1]} of two kinds")
     figure.colorbar(image, ax=ax, label="cosine of vectors less their mean", shrink=0.6)
-    figure.legend(handles=[Patch(color=c, label=kind) for kind, c in known.items()], loc="outside lower center", ncols=3)
+    figure.legend(handles=[Patch(color=c, label=kind) for kind, c in colours.items()], loc="outside lower center", ncols=3)
     return figure
