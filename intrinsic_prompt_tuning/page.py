@@ -105,7 +105,8 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 pre, div div { overflow-x: auto; font-size: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; }
-td:first-child { min-width: 8rem; }
+td { white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 8rem; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 button { font: inherit; font-weight: bold; text-align: left; border: 0; background: none; padding: 0; color: #0055a0; }
 img { display: block; max-width: 100%; height: auto; margin: 1rem 0 2rem; }

@@ -32,7 +32,7 @@ SPACES = {
 COLOURS, STROKES = [colour for _, colour, _ in SPACES.values()], ("-", "--", ":", "-.")
 QUANTITIES = {"e_rel": "E_rel (1: prompt tuning)", "gain": "gain (0: no prompt, 1: prompt tuning)"}
 STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
-STYLE |= {"legend.frameon": False, "legend.title_fontsize": 9, "svg.hashsalt": "ipt"}
+STYLE |= {"legend.frameon": False, "legend.title_fontsize": 9, "savefig.bbox": "tight", "svg.hashsalt": "ipt"}
 
 
 def lacking() -> str:
@@ -256,8 +256,8 @@ def similarity(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: 
     cosines, others, same = unit @ unit.T, ~np.eye(n, dtype=bool), np.equal.outer(kinds, kinds)
     means = [f"{cosines[others & mask].mean():.2f}" if (others & mask).any() else "-" for mask in (same, ~same)]
     order, row = clustered(cosines), min(0.22, max(0.09, 8 / n))  # inches a row: the names stay apart
-    size = min(8, 62 * row)
-    figure, ax = _figure(n * row + 1.5 + max(map(len, tasks)) * size * 0.0085, n * row + 1.3)
+    size = min(8, 56 * row)
+    figure, ax = _figure(n * row + 2.6 + max(map(len, tasks)) * size * 0.0085, n * row + 1.3)
     shown = np.where(others, cosines[np.ix_(order, order)], np.nan)
     limit = max(0.1, float(np.nanmax(np.abs(shown))))
     image = ax.imshow(shown, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -266,6 +266,6 @@ def similarity(vectors: Any, tasks: Sequence[str], kinds: Sequence[str], roles: 
     for tick, i in zip(ax.get_yticklabels(), order, strict=True):
         tick.set_color(colours[kinds[i]])
     ax.set_title(f"{about(vectors)} (*: unseen)\nmean cosine {means[0]} between tasks of one kind, {means[1]} of two kinds")
-    figure.colorbar(image, ax=ax, label="cosine of vectors less their mean", shrink=0.6)
+    figure.colorbar(image, ax=ax, label="cosine of vectors less their mean", fraction=0.05, aspect=30)
     figure.legend(handles=[Patch(color=c, label=kind) for kind, c in colours.items()], loc="outside lower center", ncols=3)
     return figure
