@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from intrinsic_prompt_tuning.experiment import Experiment
@@ -34,7 +35,7 @@ def make_page(
         "Scores, every column": f"<pre>{escape(report_text(told, wide=True))}</pre>",
     }
     body = "".join(f"<h2>{title}</h2>\n<div>{content}</div>\n" for title, content in sections.items())
-    return PAGE.replace("TITLE", escape(f"{told['backbone']}, split {told['split']}")).replace("BODY", body)
+    return PAGE.substitute(title=escape(f"{told['backbone']}, split {told['split']}"), body=body)
 
 
 def _options(x: Experiment) -> str:
@@ -92,12 +93,12 @@ def _image(name: str, svg: bytes) -> str:
     return f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
 
 
-PAGE = """<!DOCTYPE html>
+PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Intrinsic prompt tuning: TITLE</title>
+<title>Intrinsic prompt tuning: $title</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: auto; padding: 1rem; }
 h1, p, li { overflow-wrap: anywhere; }
@@ -113,11 +114,11 @@ img { display: block; max-width: 100%; height: auto; margin: 1rem 0 2rem; }
 </style>
 </head>
 <body>
-<h1>Intrinsic prompt tuning: TITLE</h1>
+<h1>Intrinsic prompt tuning: $title</h1>
 <p>E_rel: mean over tasks of score / prompt tuning's score, with a 95 % interval over tasks. Gain: what is added to no prompt,
 beside what prompt tuning adds. T_train: tasks that a subspace is made of, T_test: others. MSF: their prompts there and back
 through it, IST: tuned in it. A click on a table's head sorts.</p>
-BODY
+$body
 <script>
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentNode, at = head.cellIndex, down = head.ariaSort !== "descending";
@@ -130,4 +131,4 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
 </script>
 </body>
 </html>
-"""
+""")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -83,18 +84,20 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Any]:
     return figure, figure.subplots(rows, sharey=True)
 
 
-def lines(rows: Iterable[Row], scores: Iterable[Result], across: str) -> dict[str, list[Row]]:
+def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[str, list[Row]]:
     """Return what a legend calls a line -> its rows, each with `seen_tasks`, how many tasks its space was made of.
 
-    Across dim: in spaces of the most seen tasks. Across seen_tasks: of unseen tasks, in spaces of several numbers of them.
+    Across dim: in the spaces of the most seen tasks that any was tuned in. Across seen_tasks: of unseen tasks, in spaces of several
+    numbers of seen ones.
     """
     seen = {score.header["subspace"]: len(score.inputs) for score in scores if score.header["stage"] in ("mean", "nearest")}
     spaces = [choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]
     seen |= {space.name: len(space.header["prompts"]) for space in spaces}
+    most = max((seen[row["subspace"]] for row in rows if "(IST)" in row["quantity"]), default=0)
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (list(SPACES).index(row["space"]), "(IST)" not in row["quantity"], row["dim"])):
         shown, msf = {**row, "seen_tasks": seen[row["subspace"]]}, "(MSF)" in row["quantity"]
-        if shown["seen_tasks"] < max(seen.values()) if across == "dim" else msf or "T_train" in row["quantity"]:
+        if shown["seen_tasks"] != most if across == "dim" else msf or "T_train" in row["quantity"]:
             continue
         label = SPACES[row["space"]][0] + ", there and back (MSF)" * msf + ", start as seen" * (row["start"] == "seen")
         label += f", dim {row['dim']}" if row["dim"] and across != "dim" else ""
@@ -156,7 +159,10 @@ def _panel(ax: Any, drawn: Mapping[str, Sequence[Row]], quantity: Quantity, acro
     for level in (0, 1):
         ax.axhline(level, color="0.5", linewidth=0.8, zorder=0)
     ax.set_xscale("log" if log else "linear")
-    apart = [b for a, b in zip([0, *numbers], numbers, strict=False) if not log or b > 1.2 * a or not b]
+    scaled = {number: math.log(at) if log else at for number, at in places.items()}
+    apart = numbers[:1]
+    for number in numbers[1:]:  # so that what is written below does not overlap
+        apart += [number] * (scaled[number] - scaled[apart[-1]] > (scaled[numbers[-1]] - scaled[numbers[0]]) / 14)
     ax.set_xticks([places[number] for number in apart], apart)
     ax.minorticks_off()
 

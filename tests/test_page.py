@@ -179,5 +179,5 @@ def test_in_a_browser_a_click_sorts_numbers_as_numbers_and_what_is_lacking_stand
     script = """const order = () => [...d.querySelectorAll("td:first-child")].map(c => c.textContent).join(""), told = [];
     for (const head of [1, 1, 0, 0]) { d.querySelectorAll("button")[head].click(); told.push(order()); }
     return [...told, d.querySelectorAll("[aria-sort]").length]"""
-    page = PAGE.replace("BODY", f"{table}<tbody>{cells}</tbody></table>")
+    page = PAGE.substitute(title="", body=f"{table}<tbody>{cells}</tbody></table>")
     assert in_browser(page, 800, script, tmp_path) == ["cbda", "dbca", "dcba", "abcd", 1]

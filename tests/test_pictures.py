@@ -200,7 +200,7 @@ def test_components_show_every_task_once_and_all_that_is_written(dim: int) -> No
 
 @pytest.mark.parametrize("log", [True, False])
 def test_nothing_written_beside_lines_lies_over_anything_else(log: bool) -> None:
-    across, dims = ("dim", (5, 10, 50, 100, 250, 264)) if log else ("seen_tasks", (20, 40, 60, 80, 100))
+    across, dims = ("dim", (1, 5, 10, 50, 100, 250, 264, 1000, 1210)) if log else ("seen_tasks", (2, 20, 40, 60, 80, 99, 100))
     lines = {
         f"{space}, start as seen, dim {n}": [row_of(f"T_test{w}(IST)", "subspace", d, 0.7, seen_tasks=d) for d in dims for w in ("", "_in")]
         for n, space in enumerate(("learned subspace", "learned subspace, there and back (MSF)", "random space", "mean seen prompt"))
