@@ -30,7 +30,7 @@ def make_page(
         "Scores": f"<pre>{escape(report_text(told, wide=False))}</pre>",
         "Pictures": "".join(_image(name, svg) for name, svg in pictures.items()) or "<p>None could be drawn.</p>",
         "What was run": f"<p>{escape(_options(x))}</p><p>{escape(versions)}</p>{_table(_made(scores))}",
-        "Tasks that failed": "".join(f"<li>{escape(why)}</li>" for why in failed) or "<p>None.</p>",
+        "Tasks that failed": f"<ul>{''.join(f'<li>{escape(why)}</li>' for why in failed or ['none'])}</ul>",
         "Scores of every task": "".join(f"<h3>{role} tasks</h3>{_table(rows)}" for role, rows in _by_task(x, report).items()),
         "Scores, every column": f"<pre>{escape(report_text(told, wide=True))}</pre>",
     }
@@ -57,8 +57,11 @@ def _made(scores: Iterable[Result]) -> list[dict[str, Any]]:
         settings = result.header.get("tuning") or result.header["config"]
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
         rows[result.kind, *(result.header.get(key) for key in keys), told] += 1
-    heads = ("what", *(key.replace("_", " ") for key in keys), "settings", "files")
-    return [dict(zip(heads, (*row, files), strict=True)) for row, files in sorted(rows.items(), key=lambda row: str(row[0]))]
+    heads = ("what", *(key.replace("_", " ") for key in keys), "files", "settings")
+    return [
+        dict(zip(heads, (*row[:-1], files, row[-1]), strict=True))
+        for row, files in sorted(rows.items(), key=lambda row: str(row[0]))
+    ]
 
 
 def _by_task(x: Experiment, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -69,7 +72,7 @@ def _by_task(x: Experiment, report: Mapping[str, Any]) -> dict[str, list[dict[st
 
     alike = {own for (_, own), n in Counter((score["task"], label(score)) for score in report["scores"]).items() if n > 1}
     tables: dict[str, dict[str, dict[str, Any]]] = {}
-    for score in report["scores"]:
+    for score in sorted(report["scores"], key=lambda score: bool(score["space"])):  # baselines first
         task, name = score["task"], label(score)
         row = {"task": task, "kind": x.task(task).kind, "test rows": score["n"]}
         name += f" {score['data_seed']} {(score['subspace'] or '')[:8]}" if name in alike else ""

@@ -87,8 +87,8 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Any]:
 def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[str, list[Row]]:
     """Return what a legend calls a line -> its rows, each with `seen_tasks`, how many tasks its space was made of.
 
-    Across dim: in the spaces of the most seen tasks that any was tuned in. Across seen_tasks: of unseen tasks, in spaces of several
-    numbers of seen ones.
+    Across dim: in the spaces of the most seen tasks that any was tuned in. Across seen_tasks: of unseen tasks, in spaces of
+    several numbers of seen ones.
     """
     seen = {score.header["subspace"]: len(score.inputs) for score in scores if score.header["stage"] in ("mean", "nearest")}
     spaces = [choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]

@@ -108,13 +108,13 @@ def test_the_page_holds_the_table_of_eval_and_every_score(finished: tuple[Path, 
 def test_the_page_says_what_was_run_and_which_tasks_failed(finished: tuple[Path, Callable[..., Result]]) -> None:
     read = Reader(finished[0].read_text(encoding="utf-8"))
     told = [row for row in read.rows if row[0] in ("soft-prompt", "subspace", "intrinsic-vector")]
-    assert [(row[0], row[-1]) for row in told] == [
+    assert [(row[0], row[-2]) for row in told] == [
         ("intrinsic-vector", "1"),
         ("intrinsic-vector", "4"),
         ("soft-prompt", "5"),
         ("subspace", "1"),
     ]
-    assert all("steps 4" in row[-2] for row in told[:3]) and "subspace steps 3" in told[3][-2]
+    assert all("steps 4" in row[-1] for row in told[:3]) and "subspace steps 3" in told[3][-1]
     assert "day-then-count: no soft prompt in the cache" in read.words["li"]
     assert re.search(r"ipt \d\S*, torch \d", " ".join(read.words["p"]))
 
