@@ -36,8 +36,10 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Sta
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.experiment import Experiment
-from intrinsic_prompt_tuning.files import user_cache
+from intrinsic_prompt_tuning.files import user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
+from intrinsic_prompt_tuning.page import make_page
+from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import (
     make_report,
@@ -207,6 +209,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
 FileArgument = Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")]
+QuantityOption = Annotated[Quantity, typer.Option(help="What pictures show of scores.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -410,6 +413,48 @@ def cache_command(
         raise IptError("nothing was removed, as nobody can be asked here: add --yes")
     if rm and (yes or typer.confirm("Remove them?", err=True)):
         Terminal().say(f"removed {remove(folder, files)} of {len(files)} files")
+
+
+@app.command()
+@with_options(Options)
+def plot(
+    x: Experiment, picture: Annotated[list[Picture] | None, typer.Argument(help="Which.", show_default="all")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(), quantity: QuantityOption = "e_rel",
+    kind: Annotated[list[Format] | None, typer.Option("--format", help="Repeat it for both.", show_default="png")] = None,
+    dim: OneDimOption = None,
+) -> None:  # fmt: skip
+    """Draw the paper's pictures of what the cache holds, which is scored first as by eval.
+
+    Example: ipt plot dimensions --quantity gain --format svg
+    """
+    if why := lacking():
+        raise IptError(why)
+    scores = wanted_scores(x)
+    x.make(scores)
+    files = draw(x, scores, make_report(x, scores)["rows"], picture or (), kind or ("png",), quantity, dim) if rank() == 0 else {}
+    for name, content in files.items():
+        write_bytes(out / name, content, "--out")
+        x.report.say(f"picture: {out / name}")
+    x.finish()
+
+
+@app.command("report")
+@with_options(Options)
+def report_command(
+    x: Experiment, out: Annotated[Path, typer.Option(help="File to write.")], quantity: QuantityOption = "e_rel"
+) -> None:
+    """Write what the cache holds as one page of HTML: what was run, the table, pictures, every task's scores.
+
+    Example: ipt report --out page.html
+    """
+    scores = wanted_scores(x)
+    x.make(scores)
+    if rank() == 0:
+        table, why = make_report(x, scores), lacking()
+        drawn = {} if why else draw(x, scores, table["rows"], formats=["svg"], quantity=quantity)
+        write_bytes(out, make_page(x, table, drawn).encode(), "--out")
+        x.report.say(f"page: {out}" + (f", without pictures: {why}" if why else ""))
+    x.finish()
 
 
 @app.command("tasks")

@@ -140,9 +140,9 @@ class Context:
         return cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by name."""
+        """Return every setting by name, but for what was left open."""
         groups = (self.options, self.tuning, self.fitting, self.rates)
-        return {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) is not None}
+        return {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
 
     def keep_options(self, command: str, options: Mapping[str, Any]) -> None:
         """Write the file of options that reproduces a command, if the command has made anything."""

@@ -47,8 +47,8 @@ def user_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ipt"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush, rename.
+def write_bytes(path: Path, content: bytes, option: str = "--cache") -> None:
+    """Write to a temporary name, flush, rename; `option` is what names another place.
 
     Raises:
         UnwritableError: the disk is full, or the folder cannot be written.
@@ -62,7 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UnwritableError(f"cannot write {path}: {error.strerror or error}; name another folder with --cache") from error
+        raise UnwritableError(f"cannot write {path}: {error.strerror or error}; name another folder with {option}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

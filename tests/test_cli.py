@@ -34,7 +34,7 @@ from intrinsic_prompt_tuning.tuning import TuneConfig
 Cli = Callable[..., Result]
 DIMS = ("--dim", 6, "--dim", 4)
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
-COMMANDS = ("collect", "fit-subspace", "tune", "eval", "run", "tasks")
+COMMANDS = ("collect", "fit-subspace", "tune", "eval", "run", "plot", "report", "tasks")
 PACE = 3.0
 """Seconds that a help text may take here, six times the promise: other work may fill the machine."""
 

@@ -32,6 +32,8 @@ def test_the_readme_names_every_command() -> None:
         "eval",
         "predict",
         "export",
+        "plot",
+        "report",
         "tasks",
         "show",
         "cache",
