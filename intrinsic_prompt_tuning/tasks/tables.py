@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,8 @@ LONGEST_LINE, LARGEST_FILE = 1_000_000, 256_000_000  # bytes
 def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", kind: Kind | None = None) -> dict[str, Task]:
     """Read a table, which is then all that its task has, or all tables of a folder: tasks that are seen in the split `own`.
 
-    `<task>_train`, `<task>_validation` (`_val`, `_dev`) and `<task>_test` are one task. `columns` and `kind` are what the options
-    of these names say.
-
     Raises:
-        IptError: a file cannot be read as a table, or in more than one way.
+        IptError: a file cannot be read as a table, or in more than one way, and neither --columns nor --kind says in which.
     """
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(data.glob("[!.]*")) if data.is_dir() else [data]:
@@ -47,8 +44,8 @@ def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", k
                 raise IptError(f"{own[part]} and {path.name} are both {part} rows of one task: rename one")
     if not found:
         raise IptError(
-            f"{data} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev, or tables: "
-            "<task>.csv, <task>.tsv or <task>.jsonl, themselves or in a folder"
+            f"{data} {'holds no task' if data.exists() else 'is not there'}; expected <task>.csv, .tsv or .jsonl, or a folder of them "
+            "or of few-shot files such as <task>/<task>_16_100_train.tsv, and the same with dev"
         )
     check_names([*known, *found], data)
     if taken := found.keys() & known.keys():
@@ -71,9 +68,9 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
     if "test" not in files:
         order = shuffled(parts["train"], 42)
         parts["test"], parts["train"] = order[: len(order) // 5], order[len(order) // 5 :]
-    told += "".join(f", {len(rows)} {part}" for part, rows in parts.items() if rows) + " rows"
-    told += f" (a fifth of {files['train'].name})" if "test" not in files else ""
-    told += f", {len(words)} labels: {short(', '.join(words))}" if words else ""
+    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if rows)
+    told += f", {len(kept)} rows: {sizes}{'' if 'test' in files else ' (a fifth, put aside)'}"
+    told += f"; {len(words)} labels: {short(', '.join(words))}" if words else ""
     told += f"; left out: {total - len(kept)} rows whose input came before" if total > len(kept) else ""
     length = fmean(len(re.findall("[a-z0-9]+", row.answers[0].lower())) for _, row in kept.values())  # as Rouge-L has words
     metric = "ACC" if kind != "free-form" else "Rouge-L" if length > LONG_ANSWER else "EM"
@@ -107,8 +104,8 @@ def _kind(name: str, rows: Sequence[Example], said: Kind | None) -> tuple[str, t
         raise IptError(f"task '{name}' has rows with options and rows without: give all of them some, or none")
     if options != {()} and not said:
         return ("classification", options.pop()) if len(options) == 1 else ("multiple-choice", ())
-    few, many = len(labels) <= MOST_LABELS and 4 * len(labels) <= len(rows), 2 * len(labels) > len(rows)
-    if not (said or few or many):
+    few = len(labels) <= MOST_LABELS and 4 * len(labels) <= len(rows)
+    if not said and not few and 2 * len(labels) <= len(rows):
         raise IptError(
             f"task '{name}' has {len(labels)} distinct answers in {len(rows)} rows, which can be labels or free text: say which "
             "with --kind classification or --kind free-form"
@@ -181,13 +178,13 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             source = itertools.chain([head], lines())
             separator = "\t" if kind == ".tsv" else max(",;\t", key=head.count)
             table = csv.DictReader(source, delimiter=separator, strict=True)
-            records: Iterable[Record] = map(json.loads, filter(str.strip, source)) if kind == ".jsonl" else table
-            for record in records:
+            for record in map(json.loads, filter(str.strip, source)) if kind == ".jsonl" else table:
                 json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be written
                 if not isinstance(record, dict) or None in record:  # DictReader puts what is too much there
-                    raise ValueError(
-                        "expected a JSON object, or as many cells as the first line; text with a separator is quoted"
-                    )
+                    raise ValueError("no JSON object, or more cells than columns")
                 yield f"{path}, line {number}", record
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise IptError(f"{path}, line {number} cannot be read ({short(error, 200)}): mend it; expected UTF-8") from error
+        raise IptError(
+            f"{path}, line {number} cannot be read ({short(error, 200)}); expected UTF-8, and in it a JSON object a line, or "
+            "cells under the names of the first line, in double quotes where text holds a separator"
+        ) from error
