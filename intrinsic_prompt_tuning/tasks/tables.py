@@ -44,8 +44,8 @@ def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", k
                 raise IptError(f"{own[part]} and {path.name} are both {part} rows of one task: rename one")
     if not found:
         raise IptError(
-            f"{data} {'holds no task' if data.exists() else 'is not there'}; expected <task>.csv, .tsv or .jsonl, or a folder of them "
-            "or of few-shot files such as <task>/<task>_16_100_train.tsv, and the same with dev"
+            f"{data} {'holds no task' if data.exists() else 'is not there'}; expected <task>.csv, .tsv or .jsonl, or a folder of "
+            "them or of few-shot files such as <task>/<task>_16_100_train.tsv, and the same with dev"
         )
     check_names([*known, *found], data)
     if taken := found.keys() & known.keys():
@@ -143,11 +143,11 @@ def _example(where: str, record: Record, names: Sequence[str]) -> Example:
     """Make a row of a record: numbers become text, white space at the ends goes, a list of answers is several references."""
     values = [record.get(name) for name in names[:3]] if names[1:] else _turns(where, record.get(names[0]))
     values[2:] = [value.split("|") if isinstance(value, str) and value else value or [] for value in values[2:]]
-    (text, *more), answers, *options = (tuple(map(str.strip, texts(value))) for value in values)
+    text, answers, *options = (tuple(map(str.strip, texts(value))) for value in values)
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    if more or not answers or not all((text, *answers, *sum(options, ()))) or any(isinstance(item, dict) for item in items):
-        raise IptError(f"{where}: expected text in {', '.join(names)}, got {short(', '.join(map(str, values)))}")
-    return Example(text, answers, tuple(dict.fromkeys(*options)) if options else ())
+    if len(text) != 1 or not answers or not all(text + answers + sum(options, ())) or any(isinstance(i, dict) for i in items):
+        raise IptError(f"{where}: expected text in {', '.join(names)}, got {short(values)}")
+    return Example(text[0], answers, tuple(dict.fromkeys(*options)) if options else ())
 
 
 def _turns(where: str, messages: Any) -> list[Any]:
