@@ -70,7 +70,7 @@ def test_the_readme_s_table_is_understood_as_it_says(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     listed = run_ipt("tasks", "--data", "moods.csv", "--show", "--cache", tmp_path / "cache")
     assert listed.code == 0 and "moods, train: 32 rows, 0 truncated" in listed.out, listed.err
-    assert "moods: classification, ACC, text -> label of moods.csv, 78 rows" in listed.err
+    assert "moods: classification, ACC, text -> label of moods.csv, 84 rows" in listed.err
     assert "<unk>" not in listed.out  # the testbed's words
 
 

@@ -25,7 +25,7 @@ Kind = Literal["classification", "free-form"]
 PART = re.compile(r"(?is)^(.*?)(?:(?:^|[\W_]+)(train|validation|val|dev|test))?$")
 COLUMNS = (("input", "text", "prompt"), ("output", "label", "completion"), ("options",))
 MOST_LABELS, LONG_ANSWER = 20, 5  # distinct answers that can be labels, words of an answer that is short
-LONGEST_LINE, LARGEST_FILE = 1_000_000, 256_000_000  # bytes
+LONGEST_LINE, LARGEST_FILE = 1_000_000, 100_000_000  # bytes
 
 
 def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", kind: Kind | None = None) -> dict[str, Task]:
@@ -44,8 +44,8 @@ def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", k
                 raise IptError(f"{own[part]} and {path.name} are both {part} rows of one task: rename one")
     if not found:
         raise IptError(
-            f"{data} {'holds no task' if data.exists() else 'is not there'}; expected <task>.csv, .tsv or .jsonl, or a folder of "
-            "them or of few-shot files such as <task>/<task>_16_100_train.tsv, and the same with dev"
+            f"{data} {'holds no task' if data.exists() else 'is not there'}; expected files such as reviews.csv, .tsv or .jsonl, "
+            "a folder of them, or one of few-shot files such as <task>/<task>_16_100_train.tsv, and the same with dev"
         )
     check_names([*known, *found], data)
     if taken := found.keys() & known.keys():
@@ -66,8 +66,9 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
     for part, row in kept.values():
         parts[part].append(row if kind == "multiple-choice" else replace(row, options=words))
     if "test" not in files:
-        order = shuffled(parts["train"], 42)
-        parts["test"], parts["train"] = order[: len(order) // 5], order[len(order) // 5 :]
+        parts["train"] = sorted(shuffled(parts["train"], 42), key=lambda row: row.answers[0] if words else "")  # of every label
+        parts["test"] = parts["train"][4::5]
+        del parts["train"][4::5]
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if rows)
     told += f", {len(kept)} rows: {sizes}{'' if 'test' in files else ' (a fifth, put aside)'}"
     told += f"; {len(words)} labels: {short(', '.join(words))}" if words else ""
