@@ -222,7 +222,7 @@ def chosen(x: Experiment, task: list[str] | None, seen: bool, unseen: bool) -> l
     found = list(dict.fromkeys([*(x.task(name).name for name in task or []), *x.named(*wanted)]))
     if wanted and not found:
         raise IptError(f"the split {x.options.split} has no {' and no '.join(wanted)} tasks; 'ipt tasks' lists what it has")
-    return found or list(x.roles)
+    return found or x.own or list(x.roles)
 
 
 def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
@@ -468,13 +468,13 @@ def tasks_command(
 
     Example: ipt tasks day-next --show
     """
-    names = [x.task(name).name for name in task or x.roles]
+    names = [x.task(name).name for name in task or x.own or x.roles]
     if show:
         for name in names:
             echo(sample_text(x, name, data_seed))
         return
     echo(tasks_text(x, names).rstrip("\n"))
-    if x.options.data and not task:
+    if x.options.data and not (task or x.own):
         wanted = split_tasks(load_tasks(x.options.tasks_file), x.options.split, subsets(x.options.tasks_file))
         for sentence in missing_files(x.options.data, x.tasks, wanted, CROSSFIT_SEEDS):
             x.report.say(sentence)

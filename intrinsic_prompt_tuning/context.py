@@ -32,12 +32,15 @@ from intrinsic_prompt_tuning.tasks import (
     Sample,
     Task,
     find_few_shot_tasks,
+    find_table_tasks,
+    has_few_shot_files,
     kept,
     load_tasks,
     rows_digest,
     split_tasks,
     subsets,
 )  # fmt: skip
+from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
 
 if TYPE_CHECKING:
@@ -56,7 +59,14 @@ class Options:
 
     backbone: Annotated[str, Setting("Hub id, folder or .gguf file of a causal or encoder-decoder model.")] = TESTBED
     split: Annotated[str, Setting("Which tasks are seen and unseen: a name, or a YAML file.")] = "random"
-    data: Annotated[Path | None, Setting("Folder of few-shot files (CrossFit TSV, MetaICL JSONL) to take the tasks from.")] = None
+    data: Annotated[
+        Path | None,
+        Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files (CrossFit TSV, MetaICL JSONL)."),
+    ] = None
+    columns: Annotated[
+        str, Setting("Of your tables: INPUT,ANSWER or INPUT,ANSWER,OPTIONS.", shown_default="by their names", panel=DATA)
+    ] = ""
+    kind: Annotated[Kind | None, Setting("Of your tables without options.", shown_default="by their rows", panel=DATA)] = None
     tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
@@ -117,14 +127,22 @@ class Context:
         """
         self.options, self.report = options, report or Reporter()
         self.tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
-        known = load_tasks(options.tasks_file)
-        self.tasks = find_few_shot_tasks(options.data, known) if options.data else known
-        self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
-        """The split's tasks and what they are in it: seen or unseen."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self.made = 0
         """How many results have been made."""
+        known, own = load_tasks(options.tasks_file), dict[str, Task]()
+        if options.data and has_few_shot_files(options.data):
+            known = find_few_shot_tasks(options.data, known)
+        elif options.data:
+            own = find_table_tasks(options.data, known, options.columns, options.kind)
+        self.tasks = known | own
+        self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
+        """The split's tasks and what they are in it: seen or unseen."""
+        if own and not own.keys() & self.roles.keys():  # the split's subspace, and one's own tasks as what it never saw
+            self.roles = dict.fromkeys(self.named("seen"), "seen") | dict.fromkeys(own, "unseen")
+        self.own = [task for task in own if task in self.roles]
+        """The tasks of one's own tables, which are meant where none is named."""
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
@@ -135,7 +153,8 @@ class Context:
     @classmethod
     def of(cls, given: Mapping[str, Any], report: Reporter | None = None) -> Self:
         """Make an experiment of settings by name, those of the testbed or the paper where none are given."""
-        testbed = given.get("backbone") in (None, TESTBED) and not given.get("data")
+        data = given.get("data")
+        testbed = given.get("backbone") in (None, TESTBED) and not (data and has_few_shot_files(data))
         settings = partial(settled, given=given, testbed=testbed)
         return cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
 
@@ -199,7 +218,7 @@ class Context:
     def task(self, name: str) -> Task:
         """Return a task by name."""
         if name not in self.tasks:
-            raise IptError(f"there is no task '{name}'{nearest(name, self.tasks)}; 'ipt tasks' lists them")
+            raise IptError(f"there is no task '{name}'{nearest(name, self.tasks)}; 'ipt tasks' lists them, --data adds your own")
         return self.tasks[name]
 
     def named(self, *roles: str) -> list[str]:
@@ -247,6 +266,9 @@ class Context:
     def sample(self, task: str, data_seed: int) -> Sample:
         """Return a task's rows as text, drawn once on this machine."""
         if (task, data_seed) not in self._samples:
+            if task in self.own and task not in {known for known, _ in self._samples}:
+                about = self.task(task)
+                self.report.say(f"{task}: {about.kind}, {about.metric}, {about.source}")
             source = kept(self.task(task), self.cache / "samples")
             self._samples[task, data_seed] = source.sample(data_seed, self.options.shots, self.options.test_rows)
         return self._samples[task, data_seed]

@@ -16,7 +16,7 @@ ORDER = [
     "tuning", "spaces", "backbone", "seq2seq", "causal", "layout", "passes", "evaluation", "metrics", "tasks", "ranks", "files", "settings", "lazy", "errors",
 ]  # fmt: skip
 """From the top of the house to its ground: a room imports only from those behind it in this list."""
-TASKS_ORDER = ["__init__", "folders", "hub", "worlds", "splits", "crossfit", "records", "examples", "checks"]
+TASKS_ORDER = ["__init__", "tables", "folders", "hub", "worlds", "splits", "crossfit", "records", "examples", "checks"]
 ROWS = {"evaluation", "metrics", "tasks"}
 TENSORS = {"finding", "tuning", "spaces", "backbone", "seq2seq", "causal", "layout", "passes"}
 MOST_LINES = {"ipt": 500}

@@ -91,7 +91,7 @@ def test_a_mistake_is_told_once_for_all_processes(shared_options: list[object], 
     done = in_processes("collect", "--task", "mood-god", *shared_options, "--cache", tmp_path)
     assert done.code == 1
     assert [line for line in done.err.splitlines() if line] == [
-        "error: there is no task 'mood-god'; did you mean 'mood-good'?; 'ipt tasks' lists them"
+        "error: there is no task 'mood-god'; did you mean 'mood-good'?; 'ipt tasks' lists them, --data adds your own"
     ]
 
 

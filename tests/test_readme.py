@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_the_readme_s_own_task_is_shown_as_it_says(tmp_path: Path, monkeypatch: 
     done = run_ipt(*shlex.split(command), "--cache", tmp_path / "cache")
     assert done.code == 0, done.err
     assert "my-task, train: 32 rows" in done.out
+
+
+def test_the_readme_s_table_is_understood_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (script,) = re.findall(r"^    (\{ echo text,label.*?moods\.csv)$", README, re.DOTALL | re.MULTILINE)
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    listed = run_ipt("tasks", "--data", "moods.csv", "--show", "--cache", tmp_path / "cache")
+    assert listed.code == 0 and "moods, train: 32 rows, 0 truncated" in listed.out, listed.err
+    assert "moods: classification, ACC, text -> label of moods.csv, 84 rows" in listed.err
+    assert "<unk>" not in listed.out  # the testbed's words
 
 
 def test_the_readme_s_python_tunes_a_prompt_and_a_vector(capsys: pytest.CaptureFixture[str]) -> None:

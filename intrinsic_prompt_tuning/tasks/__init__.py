@@ -1,7 +1,7 @@
 """A name -> few-shot rows. Nothing here knows a tensor.
 
-examples.py says what a task is; worlds.py, hub.py and folders.py are three ways to draw its rows; splits.py says which tasks are
-seen; checks.py reads what people write in YAML.
+examples.py says what a task is; worlds.py, hub.py, folders.py and tables.py are four ways to draw its rows; splits.py says which
+tasks are seen; checks.py reads what people write in YAML.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 from intrinsic_prompt_tuning.tasks.checks import build, read_mapping
 from intrinsic_prompt_tuning.tasks.crossfit import CROSSFIT_SEEDS
 from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
-from intrinsic_prompt_tuning.tasks.folders import find_few_shot_tasks, kept, missing_files
+from intrinsic_prompt_tuning.tasks.folders import find_few_shot_tasks, has_few_shot_files, kept, missing_files
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 from intrinsic_prompt_tuning.tasks.splits import split_tasks
+from intrinsic_prompt_tuning.tasks.tables import find_table_tasks
 from intrinsic_prompt_tuning.tasks.worlds import World, WorldText, world_task
 
 __all__ = [
-    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "kept",
-    "load_tasks", "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
+    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "find_table_tasks",
+    "has_few_shot_files", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).parents[1]

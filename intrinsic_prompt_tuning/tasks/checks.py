@@ -31,7 +31,7 @@ def build(kind: type[T], row: Any, where: str, /, **more: Any) -> T:
         raise IptError(f"{where} is {described(row)}, not a mapping of fields such as {', '.join(needed)}")
     for name, value in row.items():
         if name not in (known := [f.name for f in own]):
-            raise IptError(f"{where} has an unknown field '{_short(name)}'{nearest(str(name), known)}")
+            raise IptError(f"{where} has an unknown field '{short(name)}'{nearest(str(name), known)}")
         check(value, hints[name], f"{where}: field '{name}'")
     for name in needed:
         if name not in row:
@@ -55,12 +55,12 @@ def check(value: Any, hint: Any, where: str) -> None:
     if not isinstance(value, _plain(hint)):
         raise IptError(f"{where} must be {NAMES_OF_TYPES[_plain(hint)]}, not {described(value)}")
     if kind is Literal and value not in inner:
-        raise IptError(f"{where} is '{_short(value)}'{nearest(value, inner)}; it can be {', '.join(filter(None, inner))}")
+        raise IptError(f"{where} is '{short(value)}'{nearest(value, inner)}; it can be {', '.join(filter(None, inner))}")
     entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
     for entry, item in entries:
         if kind is dict and not (inner[0] is Any or isinstance(entry, inner[0])):
-            raise IptError(f"{where}, entry '{_short(entry)}': its name must be text (quote it)")
-        check(item, inner[-1], f"{where}, entry '{_short(entry)}'")
+            raise IptError(f"{where}, entry '{short(entry)}': its name must be text (quote it)")
+        check(item, inner[-1], f"{where}, entry '{short(entry)}'")
 
 
 def _plain(hint: Any) -> Any:
@@ -90,10 +90,10 @@ def described(value: Any) -> str:
         return "empty" if value is None else "a list" if isinstance(value, list) else "a mapping"
     if isinstance(value, bool):
         return f"{str(value).lower()} (in YAML yes, no, on and off are booleans: quote it)"
-    return _short(value) if isinstance(value, str) else f"{_short(value)} (quote it)"
+    return short(value) if isinstance(value, str) else f"{short(value)} (quote it)"
 
 
-def _short(value: Any, most: int = 80) -> str:
+def short(value: Any, most: int = 80) -> str:
     """Return what a person wrote, cut to what a sentence can hold."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
@@ -107,7 +107,7 @@ class _StrictLoader(yaml.SafeLoader):
         twice = [key for key, count in Counter(keys).items() if count > 1]
         if twice:
             line = node.start_mark.line + 1
-            raise IptError(f"{self.name}: '{_short(twice[0])}' stands twice in the mapping at line {line}: remove one")
+            raise IptError(f"{self.name}: '{short(twice[0])}' stands twice in the mapping at line {line}: remove one")
         return super().construct_mapping(node, deep)
 
 
@@ -118,7 +118,7 @@ def read_yaml(file: Path) -> Any:
     except FileNotFoundError as error:
         raise IptError(f"there is no file {file}") from error
     except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise IptError(f"{file} is not readable as YAML: {_short(error, 400)}") from error
+        raise IptError(f"{file} is not readable as YAML: {short(error, 400)}") from error
 
 
 @lru_cache(maxsize=4)

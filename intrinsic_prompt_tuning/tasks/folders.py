@@ -129,6 +129,11 @@ def parse_input(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
     return task, text, tuple(options)
 
 
+def has_few_shot_files(folder: Path) -> bool:
+    """Tell whether a folder holds few-shot files, and is no table or folder of tables."""
+    return any(FEW_SHOT_FILE.fullmatch(path.name) for path in folder.glob("*/*"))
+
+
 def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
     """Find the tasks of a folder of few-shot files.
 

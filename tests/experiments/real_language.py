@@ -19,14 +19,13 @@ import json
 import random
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
-from intrinsic_prompt_tuning.context import COLLECTION_SEED
+from intrinsic_prompt_tuning.context import COLLECTION_SEED, Rates
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.report import make_report
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -72,43 +71,43 @@ def subspaces(arguments: argparse.Namespace) -> None:
     if not split.exists():
         candidates_file = arguments.cache / "candidates.yaml"
         candidates_file.write_text(json.dumps({"seen": candidates}), encoding="utf-8")
-        split.write_text(json.dumps(split_by_validation(experiment(arguments, candidates_file, [])), indent=1), encoding="utf-8")
-    x = experiment(arguments, split, [0.3, 0.1])
+        split.write_text(json.dumps(split_by_validation(experiment(arguments, candidates_file)), indent=1), encoding="utf-8")
+    x = experiment(arguments, split)
     seen, unseen = x.named("seen"), x.named("unseen")
-    print(f"{len(seen)} seen, {len(unseen)} unseen tasks ({', '.join(unseen)})", flush=True)
-    collection, prompts = x.soft_prompts(seen), x.soft_prompts([*seen, *unseen])
-    learned = [x.subspace("subspace", dim, collection) for dim in DIMS]
-    others = [x.subspace("random", dim, collection) for dim in DIMS] + [x.subspace("low-rank", DIMS[0], collection)]
-    held_out = [choice for space in learned + others for choice in x.intrinsic_vectors(unseen, COLLECTION_SEED, space).values()]
-    x.make([*every(prompts.values()), *learned, *others, *every(held_out)])
-    tell(x, x.scores(prompts, [*learned, *others], held_out))
-    # Seen tasks are three times as many: one rate each, that which validated best on the unseen tasks.
-    rates = {
-        space.name: best_rate(x, [choice for choice in held_out if choice[0].inputs[0][0] is space]) for space in learned + others
-    }
-    print("rates by validation:", {f"{s.header['space']} {s.header['dim']}": rates[s.name] for s in learned + others}, flush=True)
-    other_data: list[Choice] = []
-    ordered = sorted(learned + others, key=lambda space: (space.header["dim"] in DIMS[2:], space.header["space"] == "low-rank"))
-    for number, space in enumerate(ordered):
-        x.rates = replace(x.rates, vector_learning_rate=[rates[space.name]])
-        choices = list(x.intrinsic_vectors(seen, OTHER_SEED, space).values())
-        x.make(every(choices))
-        other_data += choices
-        if number >= 3:  # a table as soon as two dims of both spaces are there
-            tell(x, x.scores(prompts, [*learned, *others], held_out + other_data))
+    ipt.echo(f"{len(seen)} seen, {len(unseen)} unseen tasks ({', '.join(unseen)})")
+    prompts = x.soft_prompts([*seen, *unseen])
+    collection = {task: prompts[task] for task in seen}
+    x.make([*every(prompts.values()), *(x.subspace("subspace", dim, collection) for dim in DIMS)])
+    spaces, vectors = list[Result](), list[Choice]()
+    for dims in (DIMS[:2], DIMS[2:]):  # the ends first
+        new = [x.subspace(kind, dim, collection) for dim in dims for kind in ("subspace", "random")]
+        new += [] if spaces else [x.subspace("low-rank", DIMS[0], collection)]
+        spaces += new
+        for space in new:
+            x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[0.3, 0.1])
+            held_out = list(x.intrinsic_vectors(unseen, COLLECTION_SEED, space).values())
+            x.make([space, *every(held_out)])
+            # Seen tasks are more: one rate each, that which validated best on the unseen tasks.
+            rate = best_rate(x, held_out)
+            ipt.echo(f"{space.header['space']} {space.header['dim']}: rate {rate} on other data of seen tasks")
+            x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[rate])
+            other = list(x.intrinsic_vectors(seen, OTHER_SEED, space).values())
+            x.make(every(other))
+            vectors += held_out + other
+        tell(x, x.scores(prompts, spaces, vectors))
 
 
 DIMS = (250, 10, 50, 5)
 OTHER_SEED = 21
 
 
-def experiment(arguments: argparse.Namespace, split: Path, vector_rates: list[float]) -> Experiment:
+def experiment(arguments: argparse.Namespace, split: Path) -> Experiment:
     """Return the experiment on a split's tasks: prompts of 10 tokens, 5,760 numbers, behind the input."""
     return Experiment.of(
         {
             "backbone": arguments.backbone, "data": arguments.data, "cache": arguments.cache, "split": str(split),
             "prompt_at": "end", "chat": False, "shots": 32, "prompt_length": 10, "test_rows": 64, "steps": 60, "batch_size": 4,
-            "evaluations": 2, "patience": 0, "learning_rate": [0.3], "vector_learning_rate": vector_rates or [0.1],
+            "evaluations": 2, "patience": 0, "learning_rate": [0.3],
             "subspace_steps": 80, "rows_per_task": 2,
         },
         ipt.Terminal(),
