@@ -32,6 +32,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from intrinsic_prompt_tuning.adapters import Format, export_prompts, import_prompt, prompts_from, warm_starts
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
@@ -43,7 +44,7 @@ from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
 from intrinsic_prompt_tuning.tuning import TuneConfig
-from intrinsic_prompt_tuning.using import Source, export_adapter, predict, tuned_prompts
+from intrinsic_prompt_tuning.using import predict
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -139,7 +140,7 @@ SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
 StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
+SourceOption = Annotated[str, typer.Option("--from", help="best, prompt, vector; or a file of any kind that 'ipt import' reads.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
@@ -166,14 +167,17 @@ def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
-    dry_run: DryRunOption = False,
+    start: Annotated[str, typer.Option(help="subspace (the task's tuned vector), a task, or a file.", show_default="words")] = "",
+    dim: OneDimOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune a soft prompt for each task.
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
     tasks, folder = chosen(x, task, seen, unseen), x.store.folder
-    x.make(flat(x.soft_prompts(x.with_rows(tasks, data_seed), data_seed)), dry_run=dry_run)
+    good = x.with_rows(tasks, data_seed)
+    starts = warm_starts(x, start, good, data_seed, dim) if start else None
+    x.make(flat(x.soft_prompts(good, data_seed, starts)), dry_run=dry_run)
     x.report.say(f"results: {folder}")
     x.finish()
 
@@ -270,17 +274,18 @@ def run(
 @with_options(Options, in_processes=False)
 def predict_command(
     x: Experiment, task: Annotated[list[str], typer.Option(help="A task; repeat it when lines name theirs.")],
-    input_file: Annotated[Path | None, typer.Option("--input", help="Lines to answer.", show_default="stdin")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="Lines to answer.", show_default="stdin", exists=True, dir_okay=False)
+    ] = None,
     source: SourceOption = "best", dim: OneDimOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Answer new inputs, a line each, with what was tuned: text, or JSON objects with input, options, task.
+    """Answer new inputs, a line each: text, or JSON objects with input or the template's columns, options, task.
 
     Example: ipt predict --task day-next --json
     """
-    prompts = tuned_prompts(x, [x.task(name).name for name in task], source, dim)
-    bad = 0
-    with input_file.open(encoding="utf-8") if input_file else contextlib.nullcontext(sys.stdin) as lines:
-        for found in predict(x, prompts, lines, task[0]):
+    prompts, bad = prompts_from(x, [x.task(name).name for name in task], source, dim), 0
+    with input_file.open("rb") if input_file else contextlib.nullcontext(sys.stdin.buffer) as lines:
+        for found in predict(x, prompts, (line.decode("utf-8", "surrogateescape") for line in lines), task[0]):
             bad += bool(found.error)
             if found.error:
                 x.report.say(f"not answered: {found.error}")
@@ -296,18 +301,37 @@ def predict_command(
 @app.command("export")
 @with_options(Options, in_processes=False)
 def export_command(
-    x: Experiment, task: Annotated[str, typer.Option(help="A task.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    x: Experiment, out: Annotated[Path, typer.Option(help="Folder to write.")],
+    task: Annotated[str | None, typer.Option(help="A task.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All tasks of the split, a folder each.")] = False,
+    kind: Annotated[Format, typer.Option("--format", help="peft: an adapter; vllm: embeddings for prompt_embeds.")] = "peft",
     source: SourceOption = "best", dim: OneDimOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:  # fmt: skip
-    """Write a tuned prompt as a folder that PEFT loads: a prompt-tuning adapter with a card.
+    """Write a tuned prompt as a folder that PEFT loads, a prompt-tuning adapter with a card, or for vLLM.
 
     Example: ipt export --task day-next --out day-next
     """
-    (prompt,) = tuned_prompts(x, [x.task(task).name], source, dim).values()
-    export_adapter(x, prompt, out, force=force)
-    x.report.say(f"adapter: {out}")
+    if every == (task is not None):
+        raise typer.BadParameter("expected one of --task and --all")
+    prompts = prompts_from(x, [x.task(name).name for name in ([task] if task else x.roles)], source, dim, some=every)
+    export_prompts(x, {out / name if every else out: prompt for name, prompt in prompts.items()}, kind, force=force)
+    x.report.say(f"{len(prompts)} prompts: {out}" + (f"; {len(x.roles) - len(prompts)} tasks have none" if every else ""))
+
+
+@app.command("import")
+@with_options(Options, in_processes=False)
+def import_command(
+    x: Experiment, path: Annotated[Path, typer.Argument(help="Adapter folder, .npy array, or safetensors file of one matrix.")],
+    task: Annotated[str, typer.Option(help="What it is a prompt of.")],
+    task_id: Annotated[int | None, typer.Option(min=0, help="Which task's of a multitask adapter.")] = None,
+) -> None:  # fmt: skip
+    """Take a soft prompt that another program tuned as collected.
+
+    Example: ipt import my-adapter --task day-next
+    """
+    score = import_prompt(x, path, x.task(task).name, task_id)
+    x.report.say(f"{path}: {x.task(task).metric} {score:.3f} on the validation rows of {task}")
 
 
 @app.command("tasks")
