@@ -80,7 +80,8 @@ def _content(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tens
         content = file.read_bytes()
         source = {"source": hashlib.sha256(content).hexdigest()[:16]}
         if content.startswith(b"\x93NUMPY"):
-            return source, {}, {"array": torch.from_numpy(np.load(file, allow_pickle=False).astype("f4", casting="same_kind"))}
+            array = np.load(file, allow_pickle=False)
+            return source, {}, {"array": torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))}
         with safe_open(file, framework="pt") as opened:
             ours = "ipt" in (opened.metadata() or {})
         return read_file(file) if ours else (source, {}, load(content))

@@ -56,7 +56,7 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
 
 
 def start_of(x: Context, result: Result, space: Space) -> Tensor:
-    """Return where theta starts: zero for prompts, or as their header says; a vector N(0, 0.02), or like those of the seen tasks."""
+    """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or like those of seen tasks."""
     header = result.header
     if "start_prompt" in header:
         return space.project(x.given[header["start_prompt"]][None])[0]
