@@ -284,7 +284,7 @@ def predict_command(
     Example: ipt predict --task day-next --json
     """
     prompts, bad = prompts_from(x, [x.task(name).name for name in task], source, dim), 0
-    with input_file.open("rb") if input_file else contextlib.nullcontext(sys.stdin.buffer) as lines:
+    with input_file.open("rb") if input_file else contextlib.nullcontext(getattr(sys.stdin, "buffer", ())) as lines:
         for found in predict(x, prompts, (line.decode("utf-8", "surrogateescape") for line in lines), task[0]):
             bad += bool(found.error)
             if found.error:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Result, run_ipt
 
+import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
+from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.tasks import Example
+from intrinsic_prompt_tuning.tasks import PARTS, TASKS_FILE, Example, load_tasks
+from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.tasks.folders import parse_input
+from intrinsic_prompt_tuning.tasks.hub import read_hub_row, template_fields
 
 Cli = Callable[..., Result]
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -95,3 +104,137 @@ def test_a_task_without_anything_tuned_names_the_command_that_makes_it(
     done = run_ipt("predict", *shared_options, "--cache", tmp_path, "--task", "mood-good")
     assert done.code == 1
     assert "no tuned prompt or vector of task 'mood-good': run 'ipt collect --task mood-good'" in done.err
+
+
+HOSTILE = [
+    b"\xff\xfe the fox", b'{"input": "\\ud800"}', b'{"input": ["the fox"]}', b'{"input": "the fox", "options": "yes"}', b'{"input": "the fox", "options": [1]}',
+    b'{"input": "the fox", "task": 5}', b'{"input": "the fox", "task": ["mood-good"]}', b"{", b"{}", b'{"input": null}', b"{" * 100_000, b'{"input": "\xff"}',
+]  # fmt: skip
+
+
+def test_what_cannot_be_a_line_is_said_with_its_number_wherever_it_comes_from(
+    tuned: tuple[Path, Cli], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        b"\xef\xbb\xbfthe glad fox",
+        *HOSTILE,
+        b"",
+        b"the glad \x0b fox\r",
+        b'{"input": "the fox", "options": ["yes", "yes"]}',
+    ]
+    (tmp_path / "lines").write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    for more in (("--input", tmp_path / "lines"), ()):
+        done = tuned[1]("predict", "--task", "mood-good", "--json", *more)
+        assert done.code == 1 and "12 lines were not answered" in done.err
+        for number in range(2, 14):
+            assert f"not answered: line {number}: " in done.err
+        told = [json.loads(line) for line in done.out.splitlines()]
+        assert [row["input"] for row in told] == ["the glad fox", "", "the glad \x0b fox", "the fox"]
+        assert told[-1]["options"] == {"yes": 1.0}
+
+
+@pytest.mark.parametrize("closed", ["<&-", "| true", "| head -1"])
+def test_a_reader_or_writer_that_has_left_is_no_mistake(
+    shared_options: list[object], tuned: tuple[Path, Cli], closed: str
+) -> None:
+    options = shlex.join(map(str, [*shared_options, "--cache", tuned[0], "--task", "mood-good"]))
+    lines = "" if closed == "<&-" else "yes the glad fox | head -500 | "
+    command = f"{lines}{sys.executable} -W ignore {Path(ipt.__file__)} predict {options} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_an_input_that_is_not_there_is_said(tuned: tuple[Path, Cli], tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        done = tuned[1]("predict", "--task", "mood-good", "--input", path)
+        assert done.code == 2 and "Traceback" not in done.err
+
+
+TEMPLATES = """
+tasks:
+  talk: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "the {mood} {animal} sees {count.0}", answer: label,
+         verbalizer: {0: "no", 1: "yes"}, metric: ACC, clean: {mood: strip, label: strip}, replace: {X: glad}, splits: {tiny: seen}}
+  choose: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "{mood} {options}", options: options, answer: label,
+           pick: index, metric: ACC, splits: {tiny: seen}}
+"""
+
+
+def test_columns_of_the_template_make_the_input(
+    shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.yaml").write_text(TEMPLATES)
+    rows = [f"  mild ,fox,one,{n % 2}" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["mood,animal,count,label", *rows]))
+    options = [*shared_options, "--tasks-file", tmp_path / "tasks.yaml", "--cache", tmp_path / "cache", "--task", "talk"]
+    (tmp_path / "rows2.csv").write_text("")
+    assert (done := run_ipt("collect", *options, *SHORT)).code == 0 or "count.0" in done.err
+    (tmp_path / "tasks.yaml").write_text(TEMPLATES.replace("{count.0}", "{count}"))
+    assert (done := run_ipt("collect", *options, *SHORT)).code == 0, done.err
+    given = [
+        {"mood": "  X ", "animal": "fox", "count": ["one", "two"]},
+        {"mood": "glad", "animal": 7, "count": None, "task": "talk", "other": {"a": 1}},
+        {"mood": "glad", "animal": "fox"},
+        {"input": "the glad fox", "options": ["one", "two"]},
+        {"mood": {"a": "b"}, "animal": "fox", "count": 1},
+    ]
+    say(monkeypatch, "\n".join(map(json.dumps, given)))
+    done = run_ipt("predict", *options, "--json")
+    told = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["input"] for row in told[:3]] == ["the glad fox sees one two", "the glad 7 sees ", "the glad fox"]
+    assert set(told[0]["options"]) == {"no", "yes"} and set(told[2]["options"]) == {"one", "two"}
+    assert (
+        done.code == 1
+        and "line 3: " in done.err
+        and "template names 'count', which the data lacks; its columns are mood, animal" in done.err
+    )
+
+
+def test_options_of_a_template_are_the_object_s_own(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(TEMPLATES)
+    tasks = load_tasks(tmp_path / "tasks.yaml")
+    task, row = parse_input(tasks, "choose", json.dumps({"mood": "which", "options": ["fox", "owl"]}))
+    assert (task, row) == ("choose", Example("which  (A) fox (B) owl", ("",), ("fox", "owl"), row.tail))
+    with pytest.raises(IptError, match="options names 'options', which the data lacks"):
+        parse_input(tasks, "choose", '{"mood": "which"}')
+    with pytest.raises(IptError, match="template names 'animal'"):
+        parse_input(tasks, "choose", '{"mood": "which", "task": "talk"}')
+
+
+def test_every_template_that_ships_renders_a_record_without_its_answer() -> None:
+    """The rows of tasks.yaml, on records of the columns that their templates and options name."""
+    shipped = [
+        read_hub_row(name, row, TASKS_FILE)
+        for name, row in read_mapping(TASKS_FILE, "tasks", PARTS)["tasks"].items()
+        if "world" not in row
+    ]
+    assert len(shipped) == 147
+    for row in shipped:
+        paths = {
+            *template_fields(row.template),
+            *([row.options] if isinstance(row.options, str) else row.options),
+            row.option_labels,
+        }
+        paths |= {path for new in row.replace.values() for path in template_fields(new)}
+        record: dict[str, Any] = {}
+        for path in sorted(paths - {""} - ({"options"} if row.options else set())):
+            put(record, path.split("."), f"<{path}>")
+        if row.options == "options":
+            record["options"] = ["<one>", "<two>"]
+        example = row.render(record)
+        assert example.answers == ("",) and (example.options or row.pick == "free"), row.where
+        for path in template_fields(row.template):
+            assert path == "options" or re.sub(r"[^a-z]", "", path) in re.sub(r"[^a-z]", "", example.input), row.where
+
+
+def put(record: dict[str, Any], steps: list[str], value: str) -> None:
+    """Put a value where a path of tasks.yaml leads; a number in it is a place of a list."""
+    step, *others = steps
+    if not others:
+        record[step] = value
+    elif others[0].isdigit():
+        record.setdefault(step, [{} if others[1:] else value for _ in range(9)])
+        if others[1:]:
+            put(record[step][int(others[0])], others[1:], value)
+    else:
+        put(record.setdefault(step, {}), others, value)
