@@ -26,13 +26,13 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from intrinsic_prompt_tuning.adapters import Format, export_prompts, import_prompt, prompts_from, warm_starts
+from intrinsic_prompt_tuning.adapters import export_prompts, import_prompt
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
@@ -44,7 +44,7 @@ from intrinsic_prompt_tuning.settings import TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
 from intrinsic_prompt_tuning.tuning import TuneConfig
-from intrinsic_prompt_tuning.using import predict
+from intrinsic_prompt_tuning.using import predict, tuned_prompts, warm_starts
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -174,11 +174,10 @@ def collect(
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
-    tasks, folder = chosen(x, task, seen, unseen), x.store.folder
-    good = x.with_rows(tasks, data_seed)
+    good = x.with_rows(chosen(x, task, seen, unseen), data_seed)
     starts = warm_starts(x, start, good, data_seed, dim) if start else None
     x.make(flat(x.soft_prompts(good, data_seed, starts)), dry_run=dry_run)
-    x.report.say(f"results: {folder}")
+    x.report.say(f"results: {x.store.folder}")
     x.finish()
 
 
@@ -274,26 +273,24 @@ def run(
 @with_options(Options, in_processes=False)
 def predict_command(
     x: Experiment, task: Annotated[list[str], typer.Option(help="A task; repeat it when lines name theirs.")],
-    input_file: Annotated[
-        Path | None, typer.Option("--input", help="Lines to answer.", show_default="stdin", exists=True, dir_okay=False)
-    ] = None,
+    input_file: Annotated[typer.FileBinaryRead | None, typer.Option("--input", help="Lines.", show_default="stdin")] = None,
     source: SourceOption = "best", dim: OneDimOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Answer new inputs, a line each: text, or JSON objects with input or the template's columns, options, task.
 
     Example: ipt predict --task day-next --json
     """
-    prompts, bad = prompts_from(x, [x.task(name).name for name in task], source, dim), 0
-    with input_file.open("rb") if input_file else contextlib.nullcontext(getattr(sys.stdin, "buffer", ())) as lines:
-        for found in predict(x, prompts, (line.decode("utf-8", "surrogateescape") for line in lines), task[0]):
-            bad += bool(found.error)
-            if found.error:
-                x.report.say(f"not answered: {found.error}")
-            elif as_json:
-                fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
-                echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
-            else:
-                echo(found.answer)
+    prompts, bad = tuned_prompts(x, [x.task(name).name for name in task], source, {"dim": dim} if dim else None), 0
+    lines: Any = input_file or getattr(sys.stdin, "buffer", ())
+    for found in predict(x, prompts, (line.decode("utf-8", "surrogateescape") for line in lines), task[0]):
+        bad += bool(found.error)
+        if found.error:
+            x.report.say(f"not answered: {found.error}")
+        elif as_json:
+            fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
+            echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
+        else:
+            echo(found.answer)
     if bad:
         raise IptError(f"{bad} lines were not answered")
 
@@ -301,22 +298,20 @@ def predict_command(
 @app.command("export")
 @with_options(Options, in_processes=False)
 def export_command(
-    x: Experiment, out: Annotated[Path, typer.Option(help="Folder to write.")],
-    task: Annotated[str | None, typer.Option(help="A task.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All tasks of the split, a folder each.")] = False,
-    kind: Annotated[Format, typer.Option("--format", help="peft: an adapter; vllm: embeddings for prompt_embeds.")] = "peft",
+    x: Experiment, out: Annotated[Path, typer.Option(help="Folder to write; of several tasks, a folder each in it.")],
+    task: TaskOption = None, every: Annotated[bool, typer.Option("--all", help="All tasks of the split.")] = False,
+    kind: Annotated[Literal["peft", "vllm"], typer.Option("--format", help="An adapter of PEFT, or a prompt for vLLM.")] = "peft",
     source: SourceOption = "best", dim: OneDimOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:  # fmt: skip
-    """Write a tuned prompt as a folder that PEFT loads, a prompt-tuning adapter with a card, or for vLLM.
+    """Write tuned prompts as folders that PEFT loads, prompt-tuning adapters with a card, or for vLLM.
 
     Example: ipt export --task day-next --out day-next
     """
-    if every == (task is not None):
-        raise typer.BadParameter("expected one of --task and --all")
-    prompts = prompts_from(x, [x.task(name).name for name in ([task] if task else x.roles)], source, dim, some=every)
-    export_prompts(x, {out / name if every else out: prompt for name, prompt in prompts.items()}, kind, force=force)
-    x.report.say(f"{len(prompts)} prompts: {out}" + (f"; {len(x.roles) - len(prompts)} tasks have none" if every else ""))
+    tasks, several = chosen(x, task, every, every), every or len(task or []) != 1
+    prompts = tuned_prompts(x, tasks, source, {"dim": dim} if dim else None, some=not task)
+    export_prompts(x, {out / name if several else out: prompt for name, prompt in prompts.items()}, kind, force=force)
+    x.report.say(f"{len(prompts)} of {len(tasks)} tasks had a prompt: {out}")
 
 
 @app.command("import")
@@ -330,8 +325,7 @@ def import_command(
 
     Example: ipt import my-adapter --task day-next
     """
-    score = import_prompt(x, path, x.task(task).name, task_id)
-    x.report.say(f"{path}: {x.task(task).metric} {score:.3f} on the validation rows of {task}")
+    import_prompt(x, path, x.task(task).name, task_id)
 
 
 @app.command("tasks")

@@ -110,8 +110,7 @@ class Context:
         """The split's tasks and what they are in it: seen or unseen."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
-        self.given: dict[str, Tensor] = {}
-        """What `start_prompt` in a header stands for: (prompt_length, hidden)."""
+        self.given: dict[str, Tensor] = {}  # what start_prompt in a header stands for: (prompt_length, hidden)
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}

@@ -94,8 +94,7 @@ class Experiment(Context):
             header = choice[0].header
             if header["task"] in prompts:
                 stage = "IST" if "subspace" in header else "two-stage" if header["start"] == "subspace" else "warm start"
-                inputs = ((by_name[header["subspace"]],),) if stage == "IST" else ()
-                wanted.append(self._score(stage, header["task"], choice, *inputs))
+                wanted.append(self._score(stage, header["task"], choice, *choice[0].inputs))
         return wanted
 
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
@@ -238,19 +237,18 @@ class Experiment(Context):
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
-        """Return the intrinsic vectors in these subspaces, and soft prompts that started elsewhere than at the initial prompt.
+        """Return intrinsic vectors in these subspaces, and soft prompts that started from others, of the split's or some tasks.
 
-        Choices of those of one task, data seed, start and subspace; of all of the split's tasks, where none are named.
+        Choices of those of one task, data seed, start and subspace.
         """
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
         found: dict[tuple[Any, ...], list[Result]] = {}
         others = Counter[str]()
         shared, prompts = self.header("soft-prompt").items(), self.store.found("soft-prompt")[0]
         warm = [prompt for prompt in prompts if "start" in prompt.header and shared <= prompt.header.items()]
-        for result in [*self.found("intrinsic-vector"), *warm]:
+        results = [*self.found("intrinsic-vector"), *warm]
+        for result in (result for result in results if not tasks or result.header["task"] in tasks):
             header = result.header
-            if tasks and header["task"] not in tasks:
-                continue
             if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
             elif not self._is_current(result):

@@ -37,9 +37,9 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
 
     Returns:
         `backbone`, `split`; `prompt_tuning` (per role: tasks and mean scores of the baselines), `no_better_than_no_prompt` (tasks
-        on which prompt tuning is not), `imported` (tasks whose baseline was not tuned here), `rows` (see `result_rows`),
-        `dimensions_needed`, `rows_without_pretrained` (the seen tasks again, but for those whose very question the backbone was
-        trained on), `subspaces` (what tells apart those of one space and dim) and `scores` (one a task).
+        on which prompt tuning is not), `imported` (tasks whose baseline is), `rows` (see `result_rows`), `dimensions_needed`,
+        `rows_without_pretrained` (the seen tasks again, but for those whose very question the backbone was trained on),
+        `subspaces` (what tells apart those of one space and dim) and `scores` (one a task).
     """
     told = [_told(x, score) for score in scores]
     by_stage = {stage: {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in BASELINES}

@@ -5,33 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from intrinsic_prompt_tuning.backbone import Answer
+from intrinsic_prompt_tuning.adapters import TunedPrompt, read_prompt
+from intrinsic_prompt_tuning.backbone import Answer, Encoded
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.lazy import torch
-from intrinsic_prompt_tuning.results import Choice, Result
+from intrinsic_prompt_tuning.results import Choice
 from intrinsic_prompt_tuning.tasks import Example
 from intrinsic_prompt_tuning.tasks.folders import parse_input
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class TunedPrompt:
-    """A soft prompt of a task, and what it is."""
-
-    task: str
-    soft_prompt: Tensor
-    """(prompt_length, hidden)."""
-    result: Result
-    """The soft prompt or the intrinsic vector that it comes from."""
-    record: dict[str, Any]
-    vector: Tensor | None
-    """(dim,), where it comes from one."""
 
 
 def tuned_prompts(
@@ -42,28 +27,34 @@ def tuned_prompts(
     Args:
         x: where to look.
         tasks: their names.
-        source: `prompt`, soft prompts; `collected`, those of them that started at the initial prompt or were imported; `vector`,
-            back-projected intrinsic vectors; `best`, all.
+        source: `prompt`, soft prompts; `collected`, those that did not start from others; `vector`, back-projected intrinsic
+            vectors; `best`, all; or what `read_prompt` reads.
         like: what the headers of intrinsic vectors must say, such as their dim.
         some: leave tasks out that have none, unless that is all of them.
 
     Raises:
         IptError: a task has none.
     """
-    found = list(x.found_prompts(tasks).values()) if source != "vector" else []
+    if source not in ("best", "prompt", "vector", "collected"):
+        if len(tasks) != 1 or not Path(source).exists():
+            raise IptError(f"--from is '{source}', expected best, prompt, vector, or, with one --task, a file that is there")
+        return {tasks[0]: read_prompt(x, Path(source), tasks[0])}
+    found, like = list(x.found_prompts(tasks).values()) if source != "vector" else [], like or {}
     if source != "collected":  # what a vector's subspace was made of is not needed
         for choice in x.found_vectors(x.found("subspace"), tasks):
-            is_vector = choice[0].kind == "intrinsic-vector"
-            fits = source in ("best", "vector" if is_vector else "prompt")
-            if fits and (not is_vector or (like or {}).items() <= choice[0].header.items()):
+            is_vector = "subspace" in (header := choice[0].header)
+            if source in ("best", "vector" if is_vector else "prompt") and not (is_vector and not like.items() <= header.items()):
                 found.append(choice)
     choices = {task: [choice for choice in found if choice[0].header["task"] == task] for task in tasks}
     missing = [task for task, own in choices.items() if not own]
     if missing and (not some or len(missing) == len(choices)):
-        what = {"best": "prompt or vector", "vector": "vector"}.get(source, "prompt")
-        told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in (like or {}).items() if source == "vector")
-        command = f"ipt {'tune' if source == 'vector' else 'collect'} --task {missing[0]}{told}"
-        raise IptError(f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run '{command}'")
+        what, command = (
+            ("vector", "tune") if source == "vector" else ("prompt or vector" if source == "best" else "prompt", "collect")
+        )
+        told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in like.items() if source == "vector")
+        raise IptError(
+            f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run 'ipt {command} --task {missing[0]}{told}'"
+        )
     return {task: _best_of(x, task, own) for task, own in choices.items() if own}
 
 
@@ -73,6 +64,27 @@ def _best_of(x: Experiment, task: str, choices: Sequence[Choice]) -> TunedPrompt
         return TunedPrompt(task, x.prompts([(result,)])[0], result, record, None)
     vector = tensors["intrinsic_vector"].to(x.backbone.device)
     return TunedPrompt(task, x.space(result.inputs[0][0]).back_project(vector[None])[0], result, record, vector)
+
+
+def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int, dim: int | None) -> dict[str, dict[str, str]]:
+    """Give `x` starts for tasks' soft prompts, and return what their headers say of them.
+
+    A start is `subspace` (each task's best intrinsic vector of the same rows and dim), a task (its collected prompt), or a file.
+
+    Raises:
+        IptError: there is nothing to start from.
+    """
+    if start == "subspace":
+        like = {"space": "subspace", "data_seed": data_seed} | ({"dim": dim} if dim else {})
+        found = tuned_prompts(x, tasks, "vector", like)
+    elif start in x.tasks:
+        found = dict.fromkeys(tasks, tuned_prompts(x, [start], "collected")[start])
+    elif Path(start).exists():
+        found, start = dict.fromkeys(tasks, read_prompt(x, Path(start), None)), "file"
+    else:
+        raise IptError(f"--start is '{start}', expected subspace, a task, or a file that is there{nearest(start, x.tasks)}")
+    x.given |= {own.result.name: own.soft_prompt for own in found.values()}
+    return {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
 
 
 @dataclass(frozen=True)
@@ -96,37 +108,32 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
         lines: inputs, as `parse_input` reads them; a line that cannot be read gives a prediction with an error.
         default: the task of a line that names none.
     """
-    tasks = {name: x.task(name) for name in prompts}
+    tasks, names, length = {name: x.task(name) for name in prompts}, list(prompts), x.options.prompt_length
     known = {name: p.record if "answer_limit" in p.record else x.answering(name, COLLECTION_SEED) for name, p in prompts.items()}
-    batch: list[tuple[str, Example] | Prediction] = []
+    batch: list[tuple[int, Encoded] | Prediction] = []
     for number, line in enumerate(lines, 1):
         text = line.strip("\ufeff\r\n")
         try:
             task, example = parse_input(tasks, default, text)
-            batch.append((task, replace(example, options=example.options or tuple(known[task]["options"]))))
+            example = replace(example, options=example.options or tuple(known[task]["options"]))
+            (row,) = x.backbone.encode([example], prompt_length=length, answer_limit=known[task]["answer_limit"])
+            batch.append((names.index(task), row))
         except IptError as error:
             batch.append(Prediction(default, text, error=f"line {number}: {error}"))
         if len(batch) == 64:
-            yield from _answered(x, prompts, known, batch)
+            yield from _answered(x, prompts, batch)
             batch = []
-    yield from _answered(x, prompts, known, batch)
+    yield from _answered(x, prompts, batch)
 
 
 def _answered(
-    x: Experiment, prompts: dict[str, TunedPrompt], known: Mapping[str, Mapping[str, Any]],
-    batch: Sequence[tuple[str, Example] | Prediction],
-) -> Iterator[Prediction]:  # fmt: skip
-    names, length = list(prompts), x.options.prompt_length
-    rows = []
-    for item in batch:
-        if not isinstance(item, Prediction):
-            task, example = item
-            (row,) = x.backbone.encode([example], prompt_length=length, answer_limit=known[task]["answer_limit"])
-            rows.append((names.index(task), row))
-    stacked = torch.stack([prompts[name].soft_prompt for name in names])
+    x: Experiment, prompts: dict[str, TunedPrompt], batch: Sequence[tuple[int, Encoded] | Prediction]
+) -> Iterator[Prediction]:
+    rows = [item for item in batch if not isinstance(item, Prediction)]
+    stacked = torch.stack([prompt.soft_prompt for prompt in prompts.values()])
     answers = iter(x.backbone.answer(stacked, rows, decoding=x.options.decoding, losses=False))
     for item in batch:
-        yield item if isinstance(item, Prediction) else _prediction(*item, next(answers))
+        yield item if isinstance(item, Prediction) else _prediction(list(prompts)[item[0]], item[1].example, next(answers))
 
 
 def _prediction(task: str, example: Example, answer: Answer) -> Prediction:

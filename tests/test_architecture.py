@@ -12,7 +12,7 @@ import ipt
 ROOT = Path(ipt.__file__).resolve().parent
 PACKAGE = "intrinsic_prompt_tuning"
 ORDER = [
-    "ipt", "__init__", "adapters", "using", "report", "experiment", "makers", "context", "results", "finding", "tuning", "spaces", "backbone", "seq2seq",
+    "ipt", "__init__", "using", "adapters", "report", "experiment", "makers", "context", "results", "finding", "tuning", "spaces", "backbone", "seq2seq",
     "causal", "layout", "passes", "evaluation", "metrics", "tasks", "ranks", "files", "settings", "lazy", "errors",
 ]  # fmt: skip
 """From the top of the house to its ground: a room imports only from those behind it in this list."""

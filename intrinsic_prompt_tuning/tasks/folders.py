@@ -109,18 +109,12 @@ def parse_row(where: str, line: str) -> Example:
 
 
 def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str, Example]:
-    """Read a new input: text, or a JSON object with `input`, or else with the columns of its task's template.
+    """Return the task of a new input, and it as a row without answer.
 
-    Args:
-        tasks: that a line can be of.
-        default: the task of a line that names none; an object can, in `task`.
-        line: text is the finished input. An object's `options`, if it has them, are those of its row.
-
-    Returns:
-        Task and a row, whose answer is empty.
+    A line is text, or a JSON object with `input` or else the columns of its task's template, and perhaps `task`, `options`.
 
     Raises:
-        IptError: it is no text, or begins as an object and is not such a one.
+        IptError: it is no text, or begins as an object and is not such a one, or is of none of these tasks.
     """
     try:
         row: dict[str, Any] = json.loads(line) if line.lstrip().startswith("{") else {"input": line}
@@ -134,8 +128,9 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
         else:
             raise IptError("expected text in input, and a list of texts in options")
         "".join([example.input, *example.options]).encode()  # what is no text does not survive this
-    except (ValueError, RecursionError) as error:
-        raise IptError(f"expected text, or a JSON object with input ({' '.join(str(error).split())[:200]})") from error
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise IptError(f"expected text, or a JSON object with input or the template's columns ({told})") from error
     return task, example
 
 

@@ -115,15 +115,8 @@ class HubRow:
 
     def render(self, record: Record) -> Example:
         """Return a new input, which has no answer, of the columns that the template and the options name after a transform."""
-        clean = (
-            {column: how for column, how in self.clean.items() if column in record}
-            if isinstance(self.clean, dict)
-            else self.clean
-        )
-        try:
-            return self._example(replace(self, clean=clean)._edited(record), answered=False)
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise IptError(f"{self.where}: the columns do not fit what the row says of them ({error!r})") from error
+        clean = self.clean if isinstance(self.clean, str) else {c: how for c, how in self.clean.items() if c in record}
+        return self._example(replace(self, clean=clean)._edited(record), answered=False)
 
     def _example(self, record: Record, *, answered: bool = True) -> Example:
         paths = [self.options] if isinstance(self.options, str) else self.options
