@@ -167,7 +167,7 @@ def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
-    start: Annotated[str, typer.Option(help="subspace (the task's tuned vector), a task, or a file.", show_default="words")] = "",
+    start: Annotated[str, typer.Option(help="subspace (the task's vector), a task, a file.", show_default="random words")] = "",
     dim: OneDimOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune a soft prompt for each task.

@@ -71,7 +71,8 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
     (prompt,) = tensors.values()
     if not prompt.is_floating_point() or not prompt.isfinite().all():
         raise IptError(f"{path} holds numbers that are not floating point or not finite")
-    return TunedPrompt(task or "", prompt.float().contiguous().to(x.backbone.device), Result(header), record, vector)
+    prompt, header = prompt.float().contiguous().to(x.backbone.device), x.header("soft-prompt", task=task) | header
+    return TunedPrompt(task or "", prompt, Result(header), record, vector)
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -86,13 +87,14 @@ def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
             config = {"peft_type": None} | json.loads((folder / CONFIG).read_bytes())
             if config["peft_type"] not in KINDS:
                 raise IptError(f"{folder} is an adapter of the kind {config['peft_type']}, expected one of {', '.join(KINDS)}")
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            content = opened.read(2**28)  # no prompt is larger; what is cut is refused below
         source = {"source": digest(content.hex())}
         if content.startswith(b"\x93NUMPY"):
             array = np.load(file, allow_pickle=False)
             return config, source, {}, {"array": torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))}
-        with safe_open(file, framework="pt") as opened:
-            ours = "ipt" in (opened.metadata() or {})
+        with safe_open(file, framework="pt") as tensors:
+            ours = "ipt" in (tensors.metadata() or {})
         if ours:  # the fingerprint in the header tells more than a name
             return config and config | {"base_model_name_or_path": None}, *read_file(file)
         return config, source, {}, load(content)

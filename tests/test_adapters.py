@@ -320,6 +320,18 @@ def test_what_is_exported_comes_back_with_the_same_bytes(t5_place: Place, empty:
     assert all(one["header"]["imported"] and one["header"]["source"] for one in found.values())
 
 
+def test_an_array_goes_through_an_adapter_and_back(
+    t5_place: Place, empty: Place, places: Callable[[str], Place], tmp_path: Path
+) -> None:
+    array = np.random.default_rng(1).normal(size=(3, 16)).astype("f4")
+    np.save(tmp_path / "x.npy", array)
+    t5_place.good("export", "--task", TASK, "--from", tmp_path / "x.npy", "--out", tmp_path / "a")
+    assert np.array_equal(loaded_quietly(t5_place, tmp_path / "a").get_prompt_embedding_to_save("default").numpy(), array)
+    empty.good("import", tmp_path / "a" / WEIGHTS, "--task", TASK)
+    assert np.array_equal(next(iter(empty.prompts().values()))["prompt"].numpy(), array)
+    assert "made for another backbone" in places("llama").refused("import", tmp_path / "a", "--task", TASK)
+
+
 def test_arrays_become_collected_prompts_to_which_a_subspace_is_fitted(empty: Place, tmp_path: Path, tasks_file: Path) -> None:
     generator = np.random.default_rng(0)
     seen = ["mood-good", "animal-class", "count-next", "thing-plural", "mood-opposite-choice"]

@@ -32,6 +32,7 @@ def test_the_readme_names_every_command() -> None:
         "eval",
         "predict",
         "export",
+        "import",
         "tasks",
     }
 

@@ -153,7 +153,7 @@ def test_an_input_that_is_not_there_is_said(tuned: tuple[Path, Cli], tmp_path: P
 
 TEMPLATES = """
 tasks:
-  talk: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "the {mood} {animal} sees {count.0}", answer: label,
+  talk: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "the {mood} {animal} sees {count}", answer: label,
          verbalizer: {0: "no", 1: "yes"}, metric: ACC, clean: {mood: strip, label: strip}, replace: {X: glad}, splits: {tiny: seen}}
   choose: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "{mood} {options}", options: options, answer: label,
            pick: index, metric: ACC, splits: {tiny: seen}}
@@ -167,9 +167,6 @@ def test_columns_of_the_template_make_the_input(
     rows = [f"  mild ,fox,one,{n % 2}" for n in range(40)]
     (tmp_path / "rows.csv").write_text("\n".join(["mood,animal,count,label", *rows]))
     options = [*shared_options, "--tasks-file", tmp_path / "tasks.yaml", "--cache", tmp_path / "cache", "--task", "talk"]
-    (tmp_path / "rows2.csv").write_text("")
-    assert (done := run_ipt("collect", *options, *SHORT)).code == 0 or "count.0" in done.err
-    (tmp_path / "tasks.yaml").write_text(TEMPLATES.replace("{count.0}", "{count}"))
     assert (done := run_ipt("collect", *options, *SHORT)).code == 0, done.err
     given = [
         {"mood": "  X ", "animal": "fox", "count": ["one", "two"]},
