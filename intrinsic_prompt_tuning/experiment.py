@@ -237,10 +237,7 @@ class Experiment(Context):
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
-        """Return intrinsic vectors in these subspaces, and soft prompts that started from others, of the split's or some tasks.
-
-        Choices of those of one task, data seed, start and subspace.
-        """
+        """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace."""
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
         found: dict[tuple[Any, ...], list[Result]] = {}
         others = Counter[str]()

@@ -75,8 +75,7 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
         IptError: there is nothing to start from.
     """
     if start == "subspace":
-        like = {"space": "subspace", "data_seed": data_seed} | ({"dim": dim} if dim else {})
-        found = tuned_prompts(x, tasks, "vector", like)
+        found = tuned_prompts(x, tasks, "vector", {"space": start, "data_seed": data_seed} | ({"dim": dim} if dim else {}))
     elif start in x.tasks:
         found = dict.fromkeys(tasks, tuned_prompts(x, [start], "collected")[start])
     elif Path(start).exists():
