@@ -110,7 +110,7 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
         text += table_text(heads, [[a, b, f"{dim:.1f}" if dim else "more"] for a, b, dim in needed])
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
-    if brought := report["imported"]:
+    if brought := report.get("imported"):
         text += f"prompt tuning is an imported prompt on {len(brought)} tasks: {', '.join(brought)}\n"
     if poor := report["no_better_than_no_prompt"]:
         text += f"prompt tuning is no better than no prompt on {len(poor)} tasks: {', '.join(poor)}\n"
