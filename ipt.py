@@ -13,34 +13,27 @@ This is the command line; what it calls is in the package `intrinsic_prompt_tuni
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
-from functools import wraps
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from intrinsic_prompt_tuning.adapters import export_prompts, import_prompt
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
-from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.page import make_page
 from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
-from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
+from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.report import (
     make_report,
     report_text,
@@ -51,152 +44,24 @@ from intrinsic_prompt_tuning.report import (
     wanted_scores,
     wrong_answers,
 )
-from intrinsic_prompt_tuning.results import Reporter, Result, duration, size
-from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting, versions
+from intrinsic_prompt_tuning.results import Result, size
+from intrinsic_prompt_tuning.settings import versions
 from intrinsic_prompt_tuning.shelf import about_file, cache_files, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
-from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.terminal import STOPPED_BY, Terminal, echo, option, stderr, with_options
 from intrinsic_prompt_tuning.tuning import TuneConfig
-from intrinsic_prompt_tuning.using import Source, export_adapter, predict, tuned_prompts
+from intrinsic_prompt_tuning.using import predict, tuned_prompts, warm_starts
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
-STOPPED_BY = [signal.SIGINT]
-stderr = Console(stderr=True, highlight=False)
 
 # --- Options -------------------------------------------------------------------------------------
 
 
-def option(kind: type, name: str, flag: str = "") -> Any:
-    """Return the annotation of an option for a dataclass field, None without a Setting; not giving it leaves the default."""
-    value, setting, *_ = *get_args(get_type_hints(kind, include_extras=True)[name]), None, None
-    if not isinstance(setting, Setting):
-        return None
-    default = getattr(kind(), name)
-    flag = flag or f"--{(setting.name or name).replace('_', '-')}"
-    names = [f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag]
-    shown = setting.shown_default or _shown(default, TESTBED_SETTINGS.get(name))
-    about = {"help": setting.help, "show_default": shown, "rich_help_panel": setting.panel or None}
-    told = typer.Option(*names, min=setting.least, max=setting.most, **about)
-    return Annotated[value if NoneType in get_args(value) else value | None, told]
-
-
-def _shown(default: Any, on_testbed: Any) -> Any:
-    """Return a default as help shows it; False where there is nothing to show."""
-
-    def text(value: Any) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
-
-    if on_testbed is not None:
-        return f"{text(on_testbed)} on the testbed, else {text(default)}"
-    return text(default) if default not in (None, False) else False
-
-
-def read_config(context: typer.Context, file: Path | None) -> Path | None:
-    """Take options from a file: those at its top, and those under the command's name; flags and the environment win."""
-    if file is None or context.parent is None:
-        return file
-    commands = context.parent.command.commands  # type: ignore[attr-defined]
-    flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
-    content, here = read_mapping(file), str(context.info_name)
-    given = {name: value for name, value in content.items() if name not in commands} | (content.get(here) or {})
-    known = {flag for own in flags.values() for flag in own}
-    for name, value in given.items():
-        flag = f"--{name}".replace("_", "-")
-        if flag not in known or (name not in content and flag not in flags[here]):
-            raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
-        if parameter := flags[here].get(flag):
-            several = parameter.multiple and not isinstance(value, list)
-            context.default_map = {**(context.default_map or {}), parameter.name: [value] if several else value}
-    return file
-
-
-def keep_options(x: Experiment, context: typer.Context, given: Mapping[str, Any]) -> None:
-    """Write all that a command was told, defaults among it, beside what it made: `--config` takes that file."""
-    if rank() == 0:
-        left_out = {*MANNERS, "cache", "processes", "help"}
-        flags = {str(p.name): p.opts[0][2:] for p in context.command.params if p.name not in left_out}
-        settled = x.settings() | {name: value for name, value in given.items() if value is not None}
-        x.keep_options(str(context.info_name), {flag: settled[name] for name, flag in flags.items() if name in settled})
-
-
-def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of dataclasses, and make the experiment, its first argument, of what was given.
-
-    Args:
-        groups: dataclasses; every field with a Setting is an option.
-        in_processes: several processes can share the command's work.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        own = {name: p for name, p in inspect.signature(command).parameters.items() if name != "x"}
-        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[name]) for name, p in own.items()]
-        settings = {f.name: option(kind, f.name) for kind in groups for f in fields(kind) if f.name not in own}
-        added = {name: annotation for name, annotation in settings.items() if annotation is not None}
-        added |= MANNERS | ({"processes": ProcessesOption} if in_processes else {})
-        parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for name, a in added.items()
-        ]
-        for parameter in parameters:  # every option can be given by the environment, too
-            parameter.annotation.__metadata__[0].envvar = f"IPT_{parameter.name.upper()}"
-            parameter.annotation.__metadata__[0].show_envvar = False
-
-        @wraps(command)
-        def expanded(context: typer.Context, **values: Any) -> None:
-            small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
-            count = values.pop("processes", None) or n_processes(small)
-            if in_processes and n_ranks() == 1 and count > 1:
-                code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
-                sys.stderr.write(told)
-                raise SystemExit(code)
-            if values.get("quick"):
-                values |= {name: value for name, value in QUICK_SETTINGS.items() if values[name] is None}
-            # `tune` has one rate, of whatever it tunes.
-            values.setdefault("learning_rate", values.get("vector_learning_rate"))
-            terminal = Terminal(quiet=bool(values["quiet"]), verbose=bool(values["verbose"]), log=values["log"])
-            try:
-                x = Experiment.of(values, terminal)
-                command(x, **{name: values[name] for name in own})
-                keep_options(x, context, values)
-            except KeyboardInterrupt:
-                terminal.say("stopped: what is done is kept, and the same command goes on from here")
-                raise SystemExit(128 + STOPPED_BY[-1]) from None
-
-        parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-        expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return expanded
-
-    return decorate
-
-
 DIM_HELP = "Intrinsic dimension; repeat it for more."
-QUICK_SETTINGS = {"steps": 80, "subspace_steps": 50}
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=64,
-        help="Share the work.",
-        show_default="one per core, at most 4, on the testbed, else 1",
-        rich_help_panel=MACHINE,
-    ),
-]
-MANNERS: dict[str, Any] = {
-    "config": Annotated[
-        Path | None, typer.Option(help="YAML file of options.", is_eager=True, callback=read_config, rich_help_panel=MACHINE)
-    ],
-    "log": Annotated[
-        Path | None, typer.Option(help="Add what happens to a file, a JSON object a line.", rich_help_panel=MACHINE)
-    ],
-    "quiet": Annotated[bool | None, typer.Option("--quiet", help="Say nothing but results and errors.", rich_help_panel=MACHINE)],
-    "verbose": Annotated[bool | None, typer.Option("--verbose", help="Say every validation, too.", rich_help_panel=MACHINE)],
-}
-"""What every command has."""
 TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it for more.", show_default="all of the split")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
@@ -206,7 +71,7 @@ SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
 StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SourceOption = Annotated[Source, typer.Option("--from", help="What to use.")]
+SourceOption = Annotated[str, typer.Option("--from", help="best, prompt, vector; or a file of any kind that 'ipt import' reads.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
 FileArgument = Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")]
 QuantityOption = Annotated[Quantity, typer.Option(help="What pictures show of scores.")]
@@ -235,15 +100,17 @@ def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
-    dry_run: DryRunOption = False,
+    start: Annotated[str, typer.Option(help="subspace (the task's vector), a task, a file.", show_default="random words")] = "",
+    dim: OneDimOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune a soft prompt for each task.
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
-    tasks, folder = chosen(x, task, seen, unseen), x.store.folder
-    x.make(flat(x.soft_prompts(x.with_rows(tasks, data_seed), data_seed)), dry_run=dry_run)
-    x.report.say(f"results: {folder}")
+    good = x.with_rows(chosen(x, task, seen, unseen), data_seed)
+    starts = warm_starts(x, start, good, data_seed, dim) if start else None
+    x.make(flat(x.soft_prompts(good, data_seed, starts)), dry_run=dry_run)
+    x.report.say(f"results: {x.store.folder}")
     x.finish()
 
 
@@ -342,25 +209,24 @@ def run(
 @with_options(Options, in_processes=False)
 def predict_command(
     x: Experiment, task: Annotated[list[str], typer.Option(help="A task; repeat it when lines name theirs.")],
-    input_file: Annotated[Path | None, typer.Option("--input", help="Lines to answer.", show_default="stdin")] = None,
+    input_file: Annotated[typer.FileBinaryRead | None, typer.Option("--input", help="Lines.", show_default="stdin")] = None,
     source: SourceOption = "best", dim: OneDimOption = None, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Answer new inputs, a line each, with what was tuned: text, or JSON objects with input, options, task.
+    """Answer new inputs, a line each: text, or JSON objects with input or the template's columns, options, task.
 
     Example: ipt predict --task day-next --json
     """
-    prompts = tuned_prompts(x, [x.task(name).name for name in task], source, dim)
-    bad = 0
-    with input_file.open(encoding="utf-8") if input_file else contextlib.nullcontext(sys.stdin) as lines:
-        for found in predict(x, prompts, lines, task[0]):
-            bad += bool(found.error)
-            if found.error:
-                x.report.say(f"not answered: {found.error}")
-            elif as_json:
-                fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
-                echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
-            else:
-                echo(found.answer)
+    prompts, bad = tuned_prompts(x, [x.task(name).name for name in task], source, {"dim": dim} if dim else None), 0
+    lines: Any = input_file or getattr(sys.stdin, "buffer", ())
+    for found in predict(x, prompts, (line.decode("utf-8", "surrogateescape") for line in lines), task[0]):
+        bad += bool(found.error)
+        if found.error:
+            x.report.say(f"not answered: {found.error}")
+        elif as_json:
+            fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
+            echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
+        else:
+            echo(found.answer)
     if bad:
         raise IptError(f"{bad} lines were not answered")
 
@@ -368,18 +234,34 @@ def predict_command(
 @app.command("export")
 @with_options(Options, in_processes=False)
 def export_command(
-    x: Experiment, task: Annotated[str, typer.Option(help="A task.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    x: Experiment, out: Annotated[Path, typer.Option(help="Folder to write; of several tasks, a folder each in it.")],
+    task: TaskOption = None, every: Annotated[bool, typer.Option("--all", help="All tasks of the split.")] = False,
+    kind: Annotated[Literal["peft", "vllm"], typer.Option("--format", help="An adapter of PEFT, or a prompt for vLLM.")] = "peft",
     source: SourceOption = "best", dim: OneDimOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:  # fmt: skip
-    """Write a tuned prompt as a folder that PEFT loads: a prompt-tuning adapter with a card.
+    """Write tuned prompts as folders that PEFT loads, prompt-tuning adapters with a card, or for vLLM.
 
     Example: ipt export --task day-next --out day-next
     """
-    (prompt,) = tuned_prompts(x, [x.task(task).name], source, dim).values()
-    export_adapter(x, prompt, out, force=force)
-    x.report.say(f"adapter: {out}")
+    tasks, several = chosen(x, task, every, every), every or len(task or []) != 1
+    prompts = tuned_prompts(x, tasks, source, {"dim": dim} if dim else None, some=not task)
+    export_prompts(x, {out / name if several else out: prompt for name, prompt in prompts.items()}, kind, force=force)
+    x.report.say(f"{len(prompts)} of {len(tasks)} tasks had a prompt: {out}")
+
+
+@app.command("import")
+@with_options(Options, in_processes=False)
+def import_command(
+    x: Experiment, path: Annotated[Path, typer.Argument(help="Adapter folder, .npy array, or safetensors file of one matrix.")],
+    task: Annotated[str, typer.Option(help="What it is a prompt of.")],
+    task_id: Annotated[int | None, typer.Option(min=0, help="Which task's of a multitask adapter.")] = None,
+) -> None:  # fmt: skip
+    """Take a soft prompt that another program tuned as collected.
+
+    Example: ipt import my-adapter --task day-next
+    """
+    import_prompt(x, path, x.task(task).name, task_id)
 
 
 @app.command("show")
@@ -484,12 +366,6 @@ def tasks_command(
 # Results on stdout, progress and messages on stderr.
 
 
-def echo(text: str = "") -> None:
-    """Print a line of results on stdout, once for all ranks."""
-    if rank() == 0:
-        sys.stdout.write(f"{text}\n")
-
-
 def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
     """Print the paper's table for people, or all of it as one JSON object."""
     told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
@@ -500,66 +376,6 @@ def print_found(found: dict[str, Any], as_json: bool) -> None:
     """Print what was found as one JSON object, or for people as YAML."""
     style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": stderr.width}
     echo(json.dumps(found) if as_json else yaml.safe_dump(found, **style).rstrip())
-
-
-class Terminal(Reporter):
-    """Shows a person what the stages do."""
-
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, log: Path | None = None) -> None:
-        """Say nothing, or more; add events to a file."""
-        self.quiet, self.verbose, self.log_file = quiet, verbose, log
-
-    def say(self, text: str) -> None:
-        """Print a message on stderr, once for all ranks."""
-        if rank() == 0 and not self.quiet:
-            stderr.print(text, markup=False, soft_wrap=True)
-
-    def log(self, event: str, **about: Any) -> None:
-        """Add a line to the log, whatever the rank; print it where every validation is asked for."""
-        if self.verbose:
-            figures = ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in about.items())
-            self.say(f"{event}: {figures}")
-        if self.log_file:
-            line = json.dumps({"time": round(time.time(), 3), "event": event} | about) + "\n"
-            try:
-                with self.log_file.open("a", encoding="utf-8") as file:
-                    file.write(line)  # one write, so that lines of several processes do not mix
-            except OSError as error:
-                raise IptError(
-                    f"cannot write {self.log_file}: {error.strerror or error}; name another file with --log"
-                ) from error
-
-    @contextlib.contextmanager
-    def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
-        """Show a bar with what is left, or plain lines when stderr is no terminal; nothing when there is nothing to do."""
-        if not total or rank() or self.quiet:
-            yield lambda done: None
-            return
-        if stderr.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=stderr) as bar:
-                line = bar.add_task(label, total=total)
-                yield lambda done: bar.update(line, completed=done)
-                bar.update(line, completed=total)
-            return
-        begin = told = time.monotonic()
-
-        def advance(done: float) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if now - told > 20:
-                told = now
-                left = (now - begin) * (total - done) / max(1, done)
-                self.say(f"{label}: {100 * done / total:.0f} %, {duration(left)} left")
-
-        yield advance
-        self.say(f"{label}: done in {duration(time.monotonic() - begin)}")
 
 
 def print_version(asked: bool) -> None:

@@ -143,6 +143,7 @@ class Context:
             self.roles = dict.fromkeys(self.named("seen"), "seen") | dict.fromkeys(own, "unseen")
         self.own = [task for task in own if task in self.roles]
         """The tasks of one's own tables, which are meant where none is named."""
+        self.given: dict[str, Tensor] = {}  # what start_prompt in a header stands for: (prompt_length, hidden)
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
@@ -288,6 +289,12 @@ class Context:
             if cut := sum(e.truncated for rows in self._encoded[task, data_seed] for e in rows):
                 self.report.say(f"{cut} of {sum(map(len, sample))} rows of {task} are cut to {self.backbone.max_length} tokens")
         return self._encoded[task, data_seed]
+
+    def answering(self, task: str, data_seed: int) -> dict[str, Any]:
+        """Return what answers to a task's new inputs follow from: options that all rows share, tokens at most; how many rows."""
+        sample, known = self.sample(task, data_seed), {row.options for row in self.sample(task, data_seed).train}
+        limit, rows = self.encoded(task, data_seed)[2][0].answer_limit, [len(sample.train), len(sample.validation)]
+        return {"options": list(known.pop()) if len(known) == 1 else [], "answer_limit": limit, "rows": rows}
 
     def row_tokens(self, rows: Sequence[Example]) -> float:
         """Return about how many tokens a row of these is, its prompt among them: English has some four letters a token."""

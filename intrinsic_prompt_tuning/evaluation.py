@@ -23,7 +23,7 @@ Scores = Mapping[str, float]
 def paper_name(stage: str, role: str, *, same_data: bool) -> str:
     """Return the paper's name of a score; a split with in- and out-of-type test tasks has T_test_in and T_test_out."""
     if role == "seen":
-        return "T_train(MSF)" if stage == "MSF" else f"T_train_{'same' if same_data else 'diff'}(IST)"
+        return "T_train(MSF)" if stage == "MSF" else f"T_train_{'same' if same_data else 'diff'}({stage})"
     return f"T_test{role.removeprefix('unseen').replace('-', '_')}({stage})"
 
 
@@ -95,7 +95,7 @@ def result_rows(scores: Iterable[Mapping[str, Any]], baseline: Scores, floor: Sc
         | relative_performance({score["task"]: score["value"] for score in own}, baseline, floor)
         for group, own in groups.items()
     ]
-    spaces = ("subspace", "linear", "random", "random-unscaled", "low-rank", "nearest", "mean")
+    spaces = ("subspace", "linear", "random", "random-unscaled", "low-rank", "nearest", "mean", "prompt")
 
     def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
         stage = ("MSF" not in row["quantity"], "same" not in row["quantity"], row["quantity"], row["start"] or "")

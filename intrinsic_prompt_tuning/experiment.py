@@ -24,10 +24,12 @@ LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
 class Experiment(Context):
     """What can be made of a backbone, tasks and a cache, and what has been."""
 
-    def soft_prompts(self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED) -> dict[str, Choice]:
-        """Describe a soft prompt of each task (prompt tuning), one per learning rate."""
-        numbers, rates = self.prompt_space.dim, self.rates.learning_rate
-        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed) for task in tasks}
+    def soft_prompts(
+        self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, Mapping[str, str]] | None = None
+    ) -> dict[str, Choice]:
+        """Describe a soft prompt of each task (prompt tuning), one per learning rate, from the initial prompt or elsewhere."""
+        numbers, rates, starts = self.prompt_space.dim, self.rates.learning_rate, starts or {}
+        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **starts.get(task, {})) for task in tasks}
         return {task: self._tuned(header, rates, numbers) for task, header in headers.items()}
 
     def intrinsic_vectors(
@@ -93,7 +95,8 @@ class Experiment(Context):
         for choice in vectors:
             header = choice[0].header
             if header["task"] in prompts:
-                wanted.append(self._score("IST", header["task"], choice, (by_name[header["subspace"]],)))
+                stage = "IST" if "subspace" in header else "two-stage" if header["start"] == "subspace" else "warm start"
+                wanted.append(self._score(stage, header["task"], choice, *choice[0].inputs))
         return wanted
 
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
@@ -106,6 +109,8 @@ class Experiment(Context):
             about["subspace"] = inputs[1][0].name
         elif stage in ("mean", "nearest"):
             about |= {"space": stage, "dim": 0, "subspace": digest([names(choice) for choice in inputs])}
+        elif stage in ("two-stage", "warm start"):
+            about |= {"space": "prompt", "dim": self.prompt_space.dim}
         header = self.header(
             "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(test),
             of=[names(choice) for choice in inputs], **about,
@@ -165,7 +170,7 @@ class Experiment(Context):
 
     # --- Finding them in the cache
 
-    def _found(self, kind: str) -> list[Result]:
+    def found(self, kind: str) -> list[Result]:
         """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
         results, unusable = self.store.found(kind)
         self.leave_out(unusable)
@@ -197,8 +202,8 @@ class Experiment(Context):
             IptError: rows cannot be had of a task that has prompts.
         """
         found: dict[str, list[Result]] = {}
-        for result in self._found("soft-prompt"):
-            if result.header["data_seed"] == COLLECTION_SEED:
+        for result in self.found("soft-prompt"):
+            if result.header["data_seed"] == COLLECTION_SEED and "start" not in result.header:  # others are no baseline
                 found.setdefault(result.header["task"], []).append(result)
         had = self.with_rows([task for task in tasks if task in found], COLLECTION_SEED)
         current = {task: tuple(result for result in found[task] if self._is_current(result)) for task in had}
@@ -227,7 +232,7 @@ class Experiment(Context):
         """Return the subspaces of this split's seen tasks whose soft prompts the cache still holds."""
         prompts = {result.name: result for result in self.store.found("soft-prompt")[0]}
         found, others, seen = list[Result](), Counter[str](), set(self.named("seen"))
-        for result in self._found("subspace"):
+        for result in self.found("subspace"):
             collection: dict[str, list[str]] = result.header["prompts"]
             if not collection.keys() <= seen:
                 others["another split's tasks"] += 1
@@ -264,20 +269,24 @@ class Experiment(Context):
         known = "; ".join(f"{name[:8]} ({told or 'nothing differs'})" for name, told in differences(found).items())
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}: name one with --subspace: {known}")
 
-    def found_vectors(self, subspaces: Iterable[Result]) -> list[Choice]:
-        """Return the intrinsic vectors in these subspaces: choices of those of one task, data seed, start and subspace."""
-        known = {subspace.name: subspace for subspace in subspaces}
+    def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
+        """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace."""
+        known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
         found: dict[tuple[Any, ...], list[Result]] = {}
         others = Counter[str]()
-        for result in self._found("intrinsic-vector"):
+        shared, prompts = self.header("soft-prompt").items(), self.store.found("soft-prompt")[0]
+        warm = [prompt for prompt in prompts if "start" in prompt.header and shared <= prompt.header.items()]
+        results = [*self.found("intrinsic-vector"), *warm]
+        for result in (result for result in results if not tasks or result.header["task"] in tasks):
             header = result.header
-            if header["task"] not in self.roles or header["subspace"] not in known:
+            if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
             elif not self._is_current(result):
                 others["other rows"] += 1
             else:
-                key = tuple(header[name] for name in ("task", "data_seed", "start", "subspace"))
-                found.setdefault(key, []).append(Result(header, ((known[header["subspace"]],),)))
+                key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace"))
+                inputs = (known[header["subspace"]],) if "subspace" in header else ()
+                found.setdefault(key, []).append(Result(header, inputs))
         self._say_skipped("intrinsic-vector", others)
         return [tuple(results) for results in found.values()]
 

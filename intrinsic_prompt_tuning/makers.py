@@ -56,8 +56,10 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
 
 
 def start_of(x: Context, result: Result, space: Space) -> Tensor:
-    """Return where theta starts: zero for prompts; a vector N(0, 0.02), the paper's rule, or like those of the seen tasks."""
+    """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or like those of seen tasks."""
     header = result.header
+    if "start_prompt" in header:
+        return space.project(x.given[header["start_prompt"]][None])[0]
     if "start" not in header:
         return torch.zeros(space.dim)
     seed = digest({name: header[name] for name in ("task", "data_seed", "seed")})
@@ -90,7 +92,7 @@ def make_tuned(x: Context, results: Sequence[Result], after_step: AfterStep) -> 
     for tuned in tune(x.backbone, space, jobs, config, **given):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
-        yield Made(jobs[tuned.job], tuned.record, tensors)
+        yield Made(jobs[tuned.job], tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
     x.remember_budgets()
 
 

@@ -55,9 +55,9 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
 
     Returns:
         `backbone`, `split`; `prompt_tuning` (per role: tasks and mean scores of the baselines), `no_better_than_no_prompt` (tasks
-        on which prompt tuning is not), `rows` (see `result_rows`), `dimensions_needed`, `rows_without_pretrained` (the seen tasks
-        again, but for those whose very question the backbone was trained on), `subspaces` (what tells apart those of one space
-        and dim) and `scores` (one a task).
+        on which prompt tuning is not), `imported` (tasks whose baseline is), `rows` (see `result_rows`), `dimensions_needed`,
+        `rows_without_pretrained` (the seen tasks again, but for those whose very question the backbone was trained on),
+        `subspaces` (what tells apart those of one space and dim) and `scores` (one a task).
     """
     told = [told_score(x, score) for score in scores]
     by_stage = {stage: {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in BASELINES}
@@ -67,6 +67,7 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
     pretrained = {task for task in tuned if x.task(task).pretrained}
     others = [s for s in compared if s["task"] not in pretrained and x.roles[s["task"]] == "seen"] if pretrained else []
     rows = result_rows(compared, tuned, floor)
+    best = [x.store.best(*score.inputs)[0] for score in scores if score.header["stage"] == "prompt tuning"]
     return {
         "backbone": x.options.backbone,
         "split": x.options.split,
@@ -75,6 +76,7 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
             for role, own in roles.items()
         },
         "no_better_than_no_prompt": [task for task in tuned if tuned[task] <= floor[task]],
+        "imported": [result.header["task"] for result in best if "imported" in result.header],
         "rows": rows,
         "dimensions_needed": dimensions_needed(rows),
         "rows_without_pretrained": result_rows(others, tuned, floor),
@@ -120,6 +122,8 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
         text += table_text(heads, [[a, b, f"{dim:.1f}" if dim else "more"] for a, b, dim in needed])
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
+    if brought := report.get("imported"):
+        text += f"prompt tuning is an imported prompt on {len(brought)} tasks: {', '.join(brought)}\n"
     if poor := report["no_better_than_no_prompt"]:
         text += f"prompt tuning is no better than no prompt on {len(poor)} tasks: {', '.join(poor)}\n"
     if wide and report["rows_without_pretrained"]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded
+from intrinsic_prompt_tuning.backbone import Answer, Backbone, Decoding, Encoded
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import np, torch
 from intrinsic_prompt_tuning.metrics import METRICS
@@ -284,8 +284,7 @@ def validate(
     for i in due:
         examples = table.rows[i][1]
         own = list(itertools.islice(answers, len(examples)))
-        score = METRICS[table.jobs[i].metric]([a.text for a in own], [e.example.answers for e in examples])
-        loss = sum(a.loss for a in own) / len(own)
+        score, loss = outcome(table.jobs[i].metric, examples, own)
         at, training_loss = int(state["step"][i]), float(state["last_loss"][i])
         for which, value in (("training", training_loss), ("validation", loss)):
             if not math.isfinite(value):
@@ -298,6 +297,12 @@ def validate(
             state["best_theta"][i] = state["theta"][i]
             for name, value in (("best_score", score), ("best_loss", loss), ("best_step", at)):
                 state[name][i] = value
+
+
+def outcome(metric: str, rows: Sequence[Encoded], answers: Sequence[Answer]) -> tuple[float, float]:
+    """Return score and mean loss per token of answers to rows."""
+    score = METRICS[metric]([answer.text for answer in answers], [row.example.answers for row in rows])
+    return score, sum(answer.loss for answer in answers) / len(answers)
 
 
 def measure_pace(

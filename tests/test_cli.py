@@ -146,7 +146,7 @@ KEYS = {
 def test_eval_prints_one_json_object_with_exactly_the_promised_keys(finished: tuple[Path, Cli], t5_folder: Path) -> None:
     report = report_of(finished[1])
     assert report.keys() == {
-        "backbone", "split", "prompt_tuning", "no_better_than_no_prompt", "rows", "dimensions_needed", "rows_without_pretrained",
+        "backbone", "split", "prompt_tuning", "no_better_than_no_prompt", "imported", "rows", "dimensions_needed", "rows_without_pretrained",
         "subspaces",
     }  # fmt: skip
     assert (report["backbone"], report["split"]) == (str(t5_folder), "tiny")

@@ -35,6 +35,7 @@ def test_the_readme_names_every_command() -> None:
         "export",
         "plot",
         "report",
+        "import",
         "tasks",
         "show",
         "cache",

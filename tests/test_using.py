@@ -1,25 +1,29 @@
-"""Using what was tuned: answers to new inputs, adapters that PEFT loads."""
+"""Using what was tuned: answers to new inputs."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
+import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import peft
 import pytest
-import safetensors.torch
 import torch
-import transformers
 from conftest import Result, run_ipt
-from test_causal import save_model
 
-from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
+import ipt
+from intrinsic_prompt_tuning.backbone import Backbone
+from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.tasks import Example, World
+from intrinsic_prompt_tuning.tasks import PARTS, TASKS_FILE, Example, load_tasks
+from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.tasks.folders import parse_input
+from intrinsic_prompt_tuning.tasks.hub import read_hub_row, template_fields
 
 Cli = Callable[..., Result]
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -39,7 +43,7 @@ def tuned(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory
 
 
 def say(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogateescape"))))
 
 
 def prompt_of(cache: Path, task: str) -> torch.Tensor:
@@ -102,59 +106,132 @@ def test_a_task_without_anything_tuned_names_the_command_that_makes_it(
     assert "no tuned prompt or vector of task 'mood-good': run 'ipt collect --task mood-good'" in done.err
 
 
-@pytest.mark.parametrize("source", ["prompt", "vector"])
-def test_peft_loads_what_is_exported_without_a_warning_and_computes_the_same(
-    tuned: tuple[Path, Cli], t5: Backbone, tmp_path: Path, source: str
+HOSTILE = [
+    b"\xff\xfe the fox", b'{"input": "\\ud800"}', b'{"input": ["the fox"]}', b'{"input": "the fox", "options": "yes"}', b'{"input": "the fox", "options": [1]}',
+    b'{"input": "the fox", "task": 5}', b'{"input": "the fox", "task": ["mood-good"]}', b"{", b"{}", b'{"input": null}', b"{" * 100_000, b'{"input": "\xff"}',
+]  # fmt: skip
+
+
+def test_what_cannot_be_a_line_is_said_with_its_number_wherever_it_comes_from(
+    tuned: tuple[Path, Cli], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = tuned[1]("export", "--task", "count-next", "--from", source, "--out", tmp_path / "adapter")
-    assert done.code == 0, done.err
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model = peft.PeftModel.from_pretrained(
-            transformers.AutoModelForSeq2SeqLM.from_pretrained(t5.name), str(tmp_path / "adapter")
-        ).eval()
-    prompt = model.get_prompt_embedding_to_save("default")
-    (row,) = t5.encode([Example("the glad fox sees one cups", ("two",))], prompt_length=3)
-    with torch.no_grad():
-        loss = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.target_ids])).loss
-    (answer,) = t5.answer(prompt[None], [(0, row)])
-    assert float(loss) == pytest.approx(answer.loss, rel=1e-6)
-    tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert ("intrinsic_vector" in tensors) == (source == "vector")
-    if source == "prompt":
-        assert torch.equal(prompt, prompt_of(tuned[0], "count-next"))
-    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "# A soft prompt for count-next" in card and "PeftModel.from_pretrained" in card
+    lines = [
+        b"\xef\xbb\xbfthe glad fox",
+        *HOSTILE,
+        b"",
+        b"the glad \x0b fox\r",
+        b'{"input": "the fox", "options": ["yes", "yes"]}',
+    ]
+    (tmp_path / "lines").write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    for more in (("--input", tmp_path / "lines"), ()):
+        done = tuned[1]("predict", "--task", "mood-good", "--json", *more)
+        assert done.code == 1 and "12 lines were not answered" in done.err
+        for number in range(2, 14):
+            assert f"not answered: line {number}: " in done.err
+        told = [json.loads(line) for line in done.out.splitlines()]
+        assert [row["input"] for row in told] == ["the glad fox", "", "the glad \x0b fox", "the fox"]
+        assert told[-1]["options"] == {"yes": 1.0}
 
 
-def test_a_causal_model_s_prompt_goes_to_peft_from_the_front_only(
-    shared_options: list[object], tmp_path: Path, world: World
+@pytest.mark.parametrize("closed", ["<&-", "| head -1"])
+def test_a_reader_or_writer_that_has_left_is_no_mistake(
+    shared_options: list[object], tuned: tuple[Path, Cli], closed: str
 ) -> None:
-    folder = save_model(tmp_path / "llama", "llama", world)
-    behind = [*shared_options, "--backbone", folder, "--cache", tmp_path / "cache"]
-    options = [*behind, "--prompt-at", "front"]
-    assert run_ipt("collect", *options, *SHORT, "--task", "count-next").code == 0
-    assert run_ipt("export", *options, "--task", "count-next", "--out", tmp_path / "adapter").code == 0
-    backbone = load_backbone(str(folder), device="cpu", prompt_at="front")
-    model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")
-    ).eval()
-    (row,) = backbone.encode([Example("the glad fox", ("two",))], prompt_length=3)
-    ids, labels = row.input_ids + row.target_ids, [-100] * len(row.input_ids) + row.target_ids
-    with torch.no_grad():
-        loss = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), labels=torch.tensor([labels])).loss
-    (answer,) = backbone.answer(model.get_prompt_embedding_to_save("default")[None], [(0, row)])
-    assert float(loss) == pytest.approx(answer.loss, rel=1e-5)
-    assert run_ipt("collect", *behind, *SHORT, "--task", "count-next").code == 0
-    refused = run_ipt("export", *behind, "--task", "count-next", "--out", tmp_path / "other")
-    assert refused.code == 1 and "one behind it cannot be exported; collect with --prompt-at front" in refused.err
-    assert not (tmp_path / "other").exists()
+    options = shlex.join(map(str, [*shared_options, "--cache", tuned[0], "--task", "mood-good"]))
+    lines = "" if closed == "<&-" else "yes the glad fox | head -500 | "
+    command = f"{lines}{sys.executable} -W ignore {Path(ipt.__file__)} predict {options} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-def test_a_folder_that_is_not_empty_is_left_alone_without_force(tuned: tuple[Path, Cli], tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("keep me")
-    refused = tuned[1]("export", "--task", "count-next", "--out", tmp_path)
-    assert refused.code == 1 and "is not empty" in refused.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert tuned[1]("export", "--task", "count-next", "--out", tmp_path, "--force").code == 0
-    assert (tmp_path / "mine").read_text() == "keep me"
+def test_an_input_that_is_not_there_is_said(tuned: tuple[Path, Cli], tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        done = tuned[1]("predict", "--task", "mood-good", "--input", path)
+        assert done.code == 2 and "Traceback" not in done.err
+
+
+TEMPLATES = """
+tasks:
+  talk: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "the {mood} {animal} sees {count}", answer: label,
+         verbalizer: {0: "no", 1: "yes"}, metric: ACC, clean: {mood: strip, label: strip}, replace: {X: glad}, splits: {tiny: seen}}
+  choose: {dataset: csv, data_files: {train: rows.csv, validation: rows.csv}, template: "{mood} {options}", options: options, answer: label,
+           pick: index, metric: ACC, splits: {tiny: seen}}
+"""
+
+
+def test_columns_of_the_template_make_the_input(
+    shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.yaml").write_text(TEMPLATES)
+    rows = [f"  mild ,fox,one,{n % 2}" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["mood,animal,count,label", *rows]))
+    options = [*shared_options, "--tasks-file", tmp_path / "tasks.yaml", "--cache", tmp_path / "cache", "--task", "talk"]
+    assert (done := run_ipt("collect", *options, *SHORT)).code == 0, done.err
+    given = [
+        {"mood": "  X ", "animal": "fox", "count": ["one", "two"]},
+        {"mood": "glad", "animal": 7, "count": None, "task": "talk", "other": {"a": 1}},
+        {"mood": "glad", "animal": "fox"},
+        {"input": "the glad fox", "options": ["one", "two"]},
+        {"mood": {"a": "b"}, "animal": "fox", "count": 1},
+    ]
+    say(monkeypatch, "\n".join(map(json.dumps, given)))
+    done = run_ipt("predict", *options, "--json")
+    told = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["input"] for row in told[:3]] == ["the glad fox sees one two", "the glad 7 sees ", "the glad fox"]
+    assert set(told[0]["options"]) == {"no", "yes"} and set(told[2]["options"]) == {"one", "two"}
+    assert (
+        done.code == 1
+        and "line 3: " in done.err
+        and "template names 'count', which the data lacks; its columns are mood, animal" in done.err
+    )
+
+
+def test_options_of_a_template_are_the_object_s_own(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(TEMPLATES)
+    tasks = load_tasks(tmp_path / "tasks.yaml")
+    task, row = parse_input(tasks, "choose", json.dumps({"mood": "which", "options": ["fox", "owl"]}))
+    assert (task, row) == ("choose", Example("which  (A) fox (B) owl", ("",), ("fox", "owl"), row.tail))
+    with pytest.raises(IptError, match="options names 'options', which the data lacks"):
+        parse_input(tasks, "choose", '{"mood": "which"}')
+    with pytest.raises(IptError, match="template names 'animal'"):
+        parse_input(tasks, "choose", '{"mood": "which", "task": "talk"}')
+
+
+def test_every_template_that_ships_renders_a_record_without_its_answer() -> None:
+    """The rows of tasks.yaml, on records of the columns that their templates and options name."""
+    shipped = [
+        read_hub_row(name, row, TASKS_FILE)
+        for name, row in read_mapping(TASKS_FILE, "tasks", PARTS)["tasks"].items()
+        if "world" not in row
+    ]
+    assert len(shipped) == 147
+    for row in shipped:
+        paths = {
+            *template_fields(row.template),
+            *([row.options] if isinstance(row.options, str) else row.options),
+            row.option_labels,
+        }
+        paths |= {path for new in row.replace.values() for path in template_fields(new)}
+        record: dict[str, Any] = {}
+        for path in sorted(paths - {""} - ({"options"} if row.options else set())):
+            put(record, path.split("."), f"<{path}>")
+        if row.options == "options":
+            record["options"] = ["<one>", "<two>"]
+        example = row.render(record)
+        assert example.answers == ("",) and (example.options or row.pick == "free"), row.where
+        for path in template_fields(row.template):
+            assert path == "options" or re.sub(r"[^a-z]", "", path) in re.sub(r"[^a-z]", "", example.input), row.where
+
+
+def put(record: dict[str, Any], steps: list[str], value: str) -> None:
+    """Put a value where a path of tasks.yaml leads; a number in it is a place of a list."""
+    step, *others = steps
+    if not others:
+        record[step] = value
+    elif others[0].isdigit():
+        record.setdefault(step, [{} if others[1:] else value for _ in range(9)])
+        if others[1:]:
+            put(record[step][int(others[0])], others[1:], value)
+    else:
+        put(record.setdefault(step, {}), others, value)

@@ -70,6 +70,8 @@ class Task:
     """All that the rows follow from, so that a sample can be kept under a name; None: they are drawn anew by every command."""
     words: tuple[str, ...] = ()
     """The options of every row, where the task says them."""
+    render: Callable[[dict[str, Any]], Example] | None = None
+    """Makes an input of the template's columns, where the task has a template."""
 
     def sample(self, data_seed: int, shots: int, test_rows: int | None) -> Sample:
         """Draw a sample and refuse rows by which nothing can be told.

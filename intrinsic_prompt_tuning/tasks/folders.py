@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import digest, write_bytes
@@ -108,25 +109,30 @@ def parse_row(where: str, line: str) -> Example:
     return Example(text, tuple(answers), tuple(options), tail)
 
 
-def parse_input(where: str, line: str) -> tuple[str, str, tuple[str, ...]]:
-    """Read a new input: text, or a JSON object with `input` and, if it has them, `task` and `options`.
+def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str, Example]:
+    """Return the task of a new input, and it as a row without answer.
 
-    Returns:
-        Task (empty where none is named), input, options.
+    A line is text, or a JSON object with `input` or else the columns of its task's template, and perhaps `task`, `options`.
 
     Raises:
-        IptError: it begins as an object and is not such a one.
+        IptError: it is no text, or begins as an object and is not such a one, or is of none of these tasks.
     """
-    if not line.lstrip().startswith("{"):
-        return "", line, ()
     try:
-        row = json.loads(line)
-        task, text, options = row.get("task", ""), row["input"], row.get("options") or []
-    except (ValueError, KeyError, RecursionError) as error:
-        raise IptError(f"{where}: expected text, or a JSON object with input ({error!r})") from error
-    if not isinstance(options, list) or not all(isinstance(part, str) for part in (task, text, *options)):
-        raise IptError(f"{where}: expected text in input and task, and a list of texts in options")
-    return task, text, tuple(options)
+        row: dict[str, Any] = json.loads(line) if line.lstrip().startswith("{") else {"input": line}
+        task, options = row.get("task", default), row.get("options") or []
+        if not isinstance(task, str) or task not in tasks:
+            raise IptError(f"task {task!r} was not named with --task")
+        if "input" not in row and (render := tasks[task].render):
+            example = render(row)
+        elif isinstance(options, list) and all(isinstance(part, str) for part in (row.get("input"), *options)):
+            example = Example(row["input"], ("",), tuple(dict.fromkeys(options)))
+        else:
+            raise IptError("expected text in input, and a list of texts in options")
+        "".join([example.input, *example.options]).encode()  # what is no text does not survive this
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise IptError(f"expected text, or a JSON object with input or the template's columns ({told})") from error
+    return task, example
 
 
 def has_few_shot_files(folder: Path) -> bool:

@@ -113,12 +113,17 @@ class HubRow:
         columns = self.clean.items() if isinstance(self.clean, dict) else ()
         return record | {column: map_text(self._value(record, column, "clean"), CLEANERS[how]) for column, how in columns}
 
-    def _example(self, record: Record) -> Example:
+    def render(self, record: Record) -> Example:
+        """Return a new input, which has no answer, of the columns that the template and the options name after a transform."""
+        clean = self.clean if isinstance(self.clean, str) else {c: how for c, how in self.clean.items() if c in record}
+        return self._example(replace(self, clean=clean)._edited(record), answered=False)
+
+    def _example(self, record: Record, *, answered: bool = True) -> Example:
         paths = [self.options] if isinstance(self.options, str) else self.options
         options = tuple(text for path in paths for text in texts(self._value(record, path, "options")))
         clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
         head, tail = (self._render(part, record, options) for part in self._parts)
-        text, answers = clean(head + tail), self._answers(record, options)
+        text, answers = clean(head + tail), self._answers(record, options) if answered else ("",)
         spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
         choices = tuple(dict.fromkeys(self.verbalizer.values())) or (() if self.pick == "free" else options)
         return Example(text, answers, choices, spared)
@@ -286,7 +291,7 @@ def hub_task(name: str, row: Any, file: Path) -> Task:
     source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
     return Task(
         name=name, source=source, draw=partial(draw_hub, read), definition=None if read.is_local else row,
-        words=tuple(dict.fromkeys(read.verbalizer.values())), **about,
+        words=tuple(dict.fromkeys(read.verbalizer.values())), render=read.render, **about,
     )  # fmt: skip
 
 
