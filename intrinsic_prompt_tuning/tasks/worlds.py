@@ -22,6 +22,8 @@ Scene = dict[str, SimpleNamespace]  # slot -> lexicon entry, one attribute per c
 OPTION_MARK = "|"
 """Stands before each option in a multiple-choice input."""
 WORLD_METRICS = {"classification": "ACC", "multiple-choice": "ACC", "extraction": "QA-F1", "transformation": "EM"}
+TEST_STREAM = "test, the second"
+"""The first one was looked at while settings were chosen."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def world_task(name: str, row: Any, worlds: Mapping[str, World], file: Path) -> 
         raise IptError(f"{where}: {error}") from error
     return Task(
         name=name, kind=fields.kind, metric=fields.metric or WORLD_METRICS[fields.kind], splits=fields.splits,
-        pretrained=fields.pretrained, source=f"{world.name}: {fields.question}", definition=[vars(world.text), row],
+        pretrained=fields.pretrained, source=f"{world.name}: {fields.question}", definition=[vars(world.text), row, TEST_STREAM],
         draw=world_draw(world, fields.question, fields.kind),
     )  # fmt: skip
 
@@ -186,7 +188,7 @@ def world_draw(world: World, question: str, kind: str) -> Draw:
         return Sample(
             train=rows(count, f"train {data_seed}", (2, 3)),
             validation=rows(count, f"validation {data_seed}", (1,)),
-            test=rows(1000 if test_rows is None else test_rows, "test", (0,)),
+            test=rows(1000 if test_rows is None else test_rows, TEST_STREAM, (0,)),
         )
 
     return draw
