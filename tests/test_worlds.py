@@ -200,6 +200,6 @@ def test_a_sentence_can_only_put_words_into_places(tmp_path: Path, slot: str, me
 def test_a_world_s_task_says_its_question_and_holds_all_that_its_rows_follow_from(tasks: dict[str, Task], world: World) -> None:
     task = tasks["count-next"]
     assert task.source == "small: count next"
-    text, row = task.definition
+    text, row, _ = task.definition
     assert text == {"sentence": world.sentence, "slots": world.slots, "lexicon": world.text.lexicon}
     assert row == {"world": "small", "kind": "transformation", "question": "count next", "splits": {"tiny": "seen"}}
