@@ -83,17 +83,20 @@ def subspaces(arguments: argparse.Namespace) -> None:
         new = [x.subspace(kind, dim, collection) for dim in dims for kind in ("subspace", "random")]
         new += [] if spaces else [x.subspace("low-rank", DIMS[0], collection)]
         spaces += new
+        x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[0.3, 0.1])
+        held_out = {space.name: list(x.intrinsic_vectors(unseen, COLLECTION_SEED, space).values()) for space in new}
         for space in new:
-            x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[0.3, 0.1])
-            held_out = list(x.intrinsic_vectors(unseen, COLLECTION_SEED, space).values())
-            x.make([space, *every(held_out)])
+            x.make([space, *every(held_out[space.name])])
+            vectors += held_out[space.name]
+        tell(x, x.scores(prompts, spaces, vectors))
+        for space in new:
             # Seen tasks are more: one rate each, that which validated best on the unseen tasks.
-            rate = best_rate(x, held_out)
+            rate = best_rate(x, held_out[space.name])
             ipt.echo(f"{space.header['space']} {space.header['dim']}: rate {rate} on other data of seen tasks")
             x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[rate])
             other = list(x.intrinsic_vectors(seen, OTHER_SEED, space).values())
             x.make(every(other))
-            vectors += held_out + other
+            vectors += other
         tell(x, x.scores(prompts, spaces, vectors))
 
 
