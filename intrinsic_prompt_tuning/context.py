@@ -111,11 +111,10 @@ class Context:
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self._samples: dict[tuple[str, int], Sample] = {}
-        self._repeating = set[str]()
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
         self._collections: dict[tuple[str, ...], Tensor] = {}
-        self._known_budgets: list[list[float]] = []
+        self._repeating, self._known_budgets = set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
     @classmethod
@@ -287,6 +286,10 @@ class Context:
             record, weights = self.store.read(subspace)
             on_device = {name: weight.to(self.backbone.device) for name, weight in weights.items()}
             space = Space(self.prompt_space.initial_prompt, record["unit"], on_device)
+            if space.dim != subspace.header["dim"]:
+                raise IptError(
+                    f"{self.store.path(subspace)} holds weights of dim {space.dim}, which its header denies: remove it"
+                )
             self._spaces = {subspace.name: space}  # one at a time: they are large
         return self._spaces[subspace.name]
 

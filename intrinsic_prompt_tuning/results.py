@@ -167,8 +167,7 @@ class Store:
         """Look into `folder`, for files of the backbone with this fingerprint."""
         self.folder, self.fingerprint = folder, fingerprint
         self.claims = Claims(folder / "claims")
-        self._solved: dict[str, bool] = {}
-        self._whole = set[str]()
+        self._solved, self._whole = dict[str, bool](), set[str]()
 
     def path(self, result: Result) -> Path:
         """Return where the file is or would be."""

@@ -398,3 +398,16 @@ def test_not_a_bit_of_kept_rows_may_be_another(tmp_path: Path) -> None:
             assert kept(counting(calls), tmp_path).sample(13, 16, 5) == expected
             path.write_bytes(whole)
     assert calls, "what reads as other rows was drawn anew"
+
+
+def test_a_sample_that_version_2_kept_is_read(tmp_path: Path) -> None:
+    rows = (Example("a b", ("x", "y"), ("x", "z"), 2), Example('"q"\t\\ \r\n\u2028 ü 漢', ("z",), ("x", "z")))
+
+    def fail(*_: Any) -> Sample:
+        raise IptError("drawn anew")
+
+    old = Task(name="old", kind="multiple-choice", metric="ACC", draw=fail, source="", definition="version 2")
+    folder = Path(__file__).parent / "data" / "version-2" / "samples"
+    assert kept(old, folder).sample(100, 1, 2) == Sample(rows[:1], rows[1:], rows)
+    with pytest.raises(IptError, match="drawn anew"):
+        kept(old, folder).sample(13, 1, 2)
