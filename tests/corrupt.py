@@ -230,9 +230,9 @@ def edit_header(rng: random.Random, path: Path, _: list[Path]) -> Path | None:
     if rng.random() < 0.5:
         del header[name]
     else:
-        header[name] = rng.choice(
-            [value for value in WRONG_VALUES if type(value) is not type(header[name])] + [3] * (name == "version")
-        )
+        # True is 1 to Python, and means the same here.
+        wrong = [value for value in WRONG_VALUES if type(value) is not type(header[name]) and value != header[name]]
+        header[name] = rng.choice(wrong + [3] * (name == "version"))
     return _rewritten(rng, path, header, record, tensors)
 
 
