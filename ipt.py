@@ -434,7 +434,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
-    except (IptError, OSError) as error:  # such as a path that is too long, or a disk that cannot be read
+    except (IptError, OSError, UnicodeDecodeError) as error:  # also a path too long, a disk, an input in another encoding
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
 

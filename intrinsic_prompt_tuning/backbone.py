@@ -340,8 +340,7 @@ def load_backbone(
 
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer as transformers loads them, safetensors and no code of the model's own."""
-    # Not given, transformers asks at a terminal whether to run a model's own code.
+    """Return model and tokenizer as transformers loads them: safetensors, no code of the model's own, no question about it."""
     path, options = (str(TESTBED_FOLDER) if name == TESTBED else name), dict[str, Any](trust_remote_code=False)
     if name.endswith(".gguf"):
         path, options = str(Path(name).parent), options | {"gguf_file": Path(name).name}

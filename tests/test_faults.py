@@ -165,6 +165,7 @@ def test_prompts_are_written_into_a_cache_that_vanished_meanwhile(vanishing: Cal
     ("collect", ("--backbone", "FOLDER"), ("cannot load the backbone 'FOLDER'",)),
     ("predict", ("--task", "count-next", "--input", "FOLDER"), ("Is a directory",)),
     ("predict", ("--task", "count-next", "--input", "NOWHERE"), ("No such file or directory",)),
+    ("predict", ("--task", "count-next", "--input", "BYTES"), ("'utf-8' codec can't decode byte 0xff",)),
     ("export", ("--task", "count-next", "--out", "FILE"), ("Not a directory",)),
 ])  # fmt: skip
 def test_a_path_that_is_something_else_is_named(
@@ -173,7 +174,14 @@ def test_a_path_that_is_something_else_is_named(
     assert cli("collect", *SHORT, "--task", "count-next").code == 0
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     (tmp_path / "folder").mkdir()
-    places = {"FILE": tmp_path / "file", "FOLDER": tmp_path / "folder", "NOWHERE": tmp_path / "nowhere", "LONG": "x" * 5000}
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    places = {
+        "BYTES": tmp_path / "bytes",
+        "FILE": tmp_path / "file",
+        "FOLDER": tmp_path / "folder",
+        "NOWHERE": tmp_path / "nowhere",
+        "LONG": "x" * 5000,
+    }
     result = cli(command, *(places.get(option, option) for option in options))
     expected = [word.replace("FILE", str(places["FILE"])).replace("FOLDER", str(places["FOLDER"])) for word in words]
     one_error(result, *expected)

@@ -106,8 +106,7 @@ def parse_row(where: str, line: str) -> Example:
         "".join([text, *answers, *options]).encode()  # half a character is none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IptError(f"{where}: expected a JSON object with input, output and options ({error!r})") from error
-    listed = isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)
-    if not listed:
+    if not (isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)):
         raise IptError(f"{where}: expected text in input and output, and a list of texts in options")
     return Example(text, tuple(answers), tuple(options), tail)
 
