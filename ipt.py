@@ -66,7 +66,7 @@ TaskOption = Annotated[list[str] | None, typer.Option(help="A task; repeat it fo
 SeenOption = Annotated[bool, typer.Option("--seen", help="All seen tasks of the split.")]
 UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks of the split.")]
 DimOption = Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250")]
-DataSeedOption = Annotated[int, typer.Option(min=0, help="Of the few-shot rows; on seen tasks, another than 100 is unseen data.")]
+DataSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the few-shot rows; all but 100 are unseen data.")]
 SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
 StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
@@ -179,7 +179,7 @@ def evaluate(
 @with_options(Options, TuneConfig, SubspaceConfig, Rates)
 def run(
     x: Experiment, dim: Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250 and 10")] = None,
-    data_seed: Annotated[int, typer.Option(min=0, help="Of the seen tasks' other data.")] = 21,
+    data_seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the seen tasks' other data.")] = 21,
     seeds: Annotated[int, typer.Option(min=1, max=4, help="Runs with other seeds: mean and spread.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tasks and steps: the same code in about a minute.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
@@ -405,7 +405,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         app()
-    except IptError as error:
+    except (IptError, OSError, UnicodeDecodeError) as error:  # also a path too long, a disk, an input in another encoding
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from error
 

@@ -249,6 +249,8 @@ class Backbone:
             scored = dict[int, tuple[float, ...]]()
             for i in choosing:
                 scored[i] = tuple(loss_of[i, tuple(option)] for option in chunk[i].option_ids)
+                if not losses and any(map(math.isnan, scored[i])):
+                    raise IptError(f"nan: no option of '{chunk[i].example.input[:60]}' is the most likely; use --precision fp32")
                 said[i] = chunk[i].example.options[scored[i].index(min(scored[i]))]
             for i, n in enumerate(numbers):
                 target = tuple(chunk[i].target_ids)
@@ -343,10 +345,10 @@ def load_backbone(
 
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer as transformers loads them, safetensors and no code of the model's own."""
-    path, options = (str(TESTBED_FOLDER) if name == TESTBED else name), dict[str, Any]()
+    """Return model and tokenizer as transformers loads them: safetensors, no code of the model's own, no question about it."""
+    path, options = (str(TESTBED_FOLDER) if name == TESTBED else name), dict[str, Any](trust_remote_code=False)
     if name.endswith(".gguf"):
-        path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+        path, options = str(Path(name).parent), options | {"gguf_file": Path(name).name}
         if importlib.util.find_spec("gguf") is None:
             raise IptError(f"to read '{name}', install the package gguf: pip install 'intrinsic-prompt-tuning[gguf]'")
     try:
@@ -355,7 +357,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if encoder_only and not config.is_encoder_decoder:
             raise IptError(f"the backbone '{name}' is an encoder alone ({encoder_only[0]}), which cannot answer")
         kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        weights = {} if options else {"use_safetensors": True}
+        weights = {} if "gguf_file" in options else {"use_safetensors": True}
         loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **weights, **options)
         model, loading = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)

@@ -87,7 +87,7 @@ class Options:
     ] = None
     compiled: Annotated[bool, Setting("Compile the backbone, which takes minutes.", name="compile", panel=MACHINE)] = False
     seed: Annotated[
-        int, Setting("Of the initial prompt that all tasks share, and of where vectors start.", least=0, panel=TUNING)
+        int, Setting("Of the shared initial prompt, and of where vectors start.", least=0, most=2**32 - 1, panel=TUNING)
     ] = 0
     slots: Annotated[
         int | None, Setting("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16", panel=MACHINE)
@@ -148,7 +148,7 @@ class Context:
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
         self._collections: dict[tuple[str, ...], Tensor] = {}
-        self._known_budgets: list[list[float]] = []
+        self._repeating, self._known_budgets = set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
     @classmethod
@@ -188,7 +188,7 @@ class Context:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
         name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
-        with contextlib.suppress(OSError, ValueError, TypeError):  # what was found out on the way is found out again
+        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
             self.backbone.budget, self.backbone.answer_budget = (Budget(int(tokens), float(most)) for tokens, most in numbers)
             self._known_budgets = _budgets(self.backbone)
@@ -271,7 +271,14 @@ class Context:
                 about = self.task(task)
                 self.report.say(f"{task}: {about.kind}, {about.metric}, {about.source}")
             source = kept(self.task(task), self.cache / "samples")
-            self._samples[task, data_seed] = source.sample(data_seed, self.options.shots, self.options.test_rows)
+            sample = source.sample(data_seed, self.options.shots, self.options.test_rows)
+            known = {row.input for row in (*sample.train, *sample.validation)}
+            if (again := sum(row.input in known for row in sample.test)) and task not in self._repeating:
+                self._repeating.add(task)
+                self.report.say(
+                    f"{again} of {len(sample.test)} test rows of {task} are in train or validation (seed {data_seed}), too"
+                )
+            self._samples[task, data_seed] = sample
         return self._samples[task, data_seed]
 
     def encoded(self, task: str, data_seed: int) -> Sequence[list[Encoded]]:
@@ -334,9 +341,12 @@ class Context:
         if subspace.name not in self._spaces:
             record, weights = self.store.read(subspace)
             on_device = {name: weight.to(self.backbone.device) for name, weight in weights.items()}
-            self._spaces = {
-                subspace.name: Space(self.prompt_space.initial_prompt, record["unit"], on_device)
-            }  # one at a time: they are large
+            space = Space(self.prompt_space.initial_prompt, record["unit"], on_device)
+            if space.dim != subspace.header["dim"]:
+                raise IptError(
+                    f"{self.store.path(subspace)} holds weights of dim {space.dim}, which its header denies: remove it"
+                )
+            self._spaces = {subspace.name: space}  # one at a time: they are large
         return self._spaces[subspace.name]
 
     def soft_prompt(self, score: Result) -> Tensor:

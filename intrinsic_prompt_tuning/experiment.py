@@ -16,9 +16,15 @@ from intrinsic_prompt_tuning.makers import job_of, makers
 from intrinsic_prompt_tuning.results import Choice, Cost, Result, make, names
 from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
+from intrinsic_prompt_tuning.tasks.checks import check
 from intrinsic_prompt_tuning.tuning import measure_pace
 
 LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
+TUNED: Any = {"task": str, "data_seed": int, "metric": str, "data": str, "tuning": dict[str, Any], "learning_rate": int | float}
+VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
+SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any]}
+FIELDS = {"soft-prompt": TUNED, "intrinsic-vector": TUNED | VECTOR, "subspace": SUBSPACE}
+"""Kind -> what a header holds beside what all headers do, and of which types."""
 
 
 class Experiment(Context):
@@ -177,6 +183,13 @@ class Experiment(Context):
         shared, others = self.header(kind), Counter[str]()
         fitting = []
         for result in results:
+            path = str(self.store.path(result))
+            try:
+                for name, hint in FIELDS[kind].items():
+                    check(result.header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
+            except IptError as error:
+                self.leave_out({path: str(error)})
+                continue
             differs = next((name for name, value in shared.items() if result.header.get(name) != value), None)
             others[f"another {differs}"] += bool(differs)
             if not differs:

@@ -42,7 +42,7 @@ class SubspaceConfig:
     ] = 0.2
     """Makes the subspace smooth between the tasks."""
     subspace_seed: Annotated[
-        int, Setting("Of the subspace's first weights, and of what is drawn to learn them.", least=0, panel=TUNING)
+        int, Setting("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1, panel=TUNING)
     ] = 0
     inner: int = 768
     """Width of the layer behind the intrinsic vector (the paper's d')."""

@@ -138,7 +138,8 @@ class Claims:
                 free = [name for name in wanted if name not in taken]
                 if self._file:
                     self._file.close()
-                self._file = self.path.open("w")
+                self.path.unlink(missing_ok=True)
+                self._file = self.path.open("x")
                 fcntl.flock(self._file, fcntl.LOCK_EX)
                 self._file.write("\n".join(free))
                 self._file.flush()
@@ -168,7 +169,7 @@ class Claims:
 
     def _claimed(self, path: Path) -> list[str]:
         """Return what a living process has; the file of a dead one goes."""
-        with path.open() as file:
+        with path.open(errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -184,7 +185,7 @@ class Store:
         """Look into `folder`, for files of the backbone with this fingerprint."""
         self.folder, self.fingerprint = folder, fingerprint
         self.claims = Claims(folder / "claims")
-        self._solved: dict[str, bool] = {}
+        self._solved, self._whole = dict[str, bool](), set[str]()
 
     def path(self, result: Result) -> Path:
         """Return where the file is or would be."""
@@ -193,8 +194,17 @@ class Store:
 
     def missing(self, results: Iterable[Result]) -> list[Result]:
         """Return which are needed and not there yet, each once."""
-        absent = (result for result in {r.name: r for r in results}.values() if not self.path(result).exists())
+        absent = (result for result in {r.name: r for r in results}.values() if not self._is_there(result))
         return [result for result in absent if not any(self.is_solved(other) for other in result.instead_of)]
+
+    def _is_there(self, result: Result) -> bool:
+        """Tell whether a file is there; a damaged score is not, as it costs little to make it anew."""
+        if result.kind != "score" or result.name in self._whole:
+            return self.path(result).exists()
+        with contextlib.suppress(IptError):
+            self.read(result)
+            self._whole.add(result.name)
+        return result.name in self._whole
 
     def is_solved(self, result: Result) -> bool:
         """Tell whether a result answers all validation rows right."""

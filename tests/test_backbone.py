@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import time
@@ -388,3 +390,78 @@ def test_a_line_of_megabytes_is_cut_at_once_to_the_tokens_of_its_ends(backbone: 
     ids = backbone.tokenizer(text[:4000]).input_ids[:-1], backbone.tokenizer(text[-4000:]).input_ids
     assert row.truncated and len(row.input_ids) == backbone.max_length - 3
     assert row.input_ids[:15] == ids[0][:15] and row.input_ids[-4:] == ids[1][-4:]
+
+
+# --- Hostile backbones ---------------------------------------------------------------------------
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+Path("{ran}").touch()
+from transformers import T5Config as Config, T5ForConditionalGeneration as Model, PreTrainedTokenizerFast as Tokenizer
+"""
+OWN_CODE = {"AutoConfig": "evil.Config", "AutoModelForSeq2SeqLM": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("config", "tokenizer"), [
+    ({"model_type": "evil", "auto_map": OWN_CODE}, {}),
+    ({"auto_map": OWN_CODE}, {}),
+    ({}, {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}),
+    ({}, {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}),
+    ({"attn_implementation": "evil/kernel"}, {}),
+    ({"architectures": ["../evil"], "custom_pipelines": {"x": {"impl": "evil.Model", "pt": ["Model"]}}}, {}),
+])  # fmt: skip
+def test_no_code_of_a_backbone_runs_even_where_somebody_says_yes(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    folder, ran = copied(t5_folder, tmp_path / "backbone"), tmp_path / "ran"
+    (folder / "evil.py").write_text(EVIL.replace("{ran}", str(ran)), encoding="utf-8")
+    edited(folder / "config.json", **config)
+    edited(folder / "tokenizer_config.json", **tokenizer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))  # transformers asks at a terminal
+    with contextlib.suppress(IptError):
+        assert type(load(folder).model) is transformers.T5ForConditionalGeneration
+    assert not ran.exists() and not (folder / "ran").exists()
+
+
+class Pickled:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.ran,))
+
+
+def test_pickled_weights_alone_are_refused_and_not_opened(t5_folder: Path, tmp_path: Path) -> None:
+    folder = copied(t5_folder, tmp_path / "backbone")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | {"x": Pickled(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(IptError, match="cannot load the backbone"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[: len(content) // 2], lambda content: content[:-1], lambda content: content[:4], lambda content: b"",
+    lambda content: (2**62).to_bytes(8, "little") + content[8:], lambda content: (2**31).to_bytes(8, "little") + content[8:],
+    lambda content: content.replace(b'"F32"', b'"F16"', 1), lambda content: content.replace(b'"shape":[', b'"shape":[9,', 1),
+])  # fmt: skip
+def test_weights_that_are_not_what_they_say_are_refused(t5_folder: Path, tmp_path: Path, damage: Any) -> None:
+    weights = copied(t5_folder, tmp_path) / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(IptError, match="cannot load the backbone"):
+        load(tmp_path)
+
+
+def test_a_row_without_a_most_likely_option_is_no_answer(bart: Backbone) -> None:
+    (row,) = bart.encode([Example("the owl", ("fish",), ("fish", "bird"))], prompt_length=1)
+    broken = torch.full((1, 1, bart.hidden), math.nan)
+    with pytest.raises(IptError, match="nan: no option of 'the owl' is the most likely"):
+        bart.answer(broken, [(0, row)], losses=False)

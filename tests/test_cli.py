@@ -1045,6 +1045,8 @@ WRONG: Any = [
     ("--decoding", "beam"), ("--precision", "fp8"), ("--space", "flat"), ("--start", "here"), ("--shots", 0), ("--data-seed", -1),
     ("--seed", -1), ("--slots", 0), ("--test-rows", 0), ("--steps", 0), ("--no-such-option",), ("--dim", "many"), ("--dim", 0),
     ("--prompt-length", 0),
+    ("--shots", 100_000), ("--test-rows", 10**7), ("--prompt-length", 10**6), ("--batch-size", 10**6), ("--processes", 0),
+    ("--processes", 65), ("--seed", 2**32), ("--data-seed", 2**32), ("--patience", 10**7), ("--learning-rate", "fast"),
 ]  # fmt: skip
 
 
@@ -1061,6 +1063,43 @@ def test_a_wrong_use_ends_with_code_2_and_names_the_option(cli: Cli, cache_folde
 def test_a_data_seed_below_0_is_a_wrong_use(cli: Cli, cache_folder: Path, command: str) -> None:
     assert cli(command, "--data-seed", -1).code == 2
     assert not cache_folder.exists()
+
+
+@pytest.mark.parametrize(("arguments", "ends"), [
+    (("--learning-rate", 1e30), None), (("--learning-rate", 1e308), "training loss of task count-next .* is nan by step"),
+    (("--learning-rate", 1e-300), None), (("--learning-rate", "inf"), "--learning-rate is inf, expected a number above 0"),
+    (("--learning-rate", 0), "--learning-rate is 0.0"), (("--patience", 10**6), None), (("--slots", 10**30), None),
+    (("--evaluations", 10**30), None), (("--max-length", 10**30), None), (("--seed", 2**32 - 1), None),
+    (("--data-seed", 2**32 - 1), None), (("--shots", 10_000), "too few rows"), (("--test-rows", 1_000_000), "too few rows"),
+    (("--shots", 1), None), (("--batch-size", 4096), None), (("--prompt-length", 100_000), "leaves no room for the input"),
+])  # fmt: skip
+def test_an_option_at_its_limit_is_done_or_ends_in_one_sentence(
+    cli: Cli, tmp_path: Path, arguments: Any, ends: str | None
+) -> None:
+    """Whatever is done is finite; a rate far too large gives a prompt that is as bad as its validation score says."""
+    result = cli("collect", "--steps", 2, "--evaluations", 1, "--batch-size", 1, "--task", "count-next", *arguments)
+    if ends:
+        assert_one_error(result, ends)
+        assert not list(tmp_path.rglob("soft-prompts/*"))
+        return
+    assert_done(result)
+    (path,) = tmp_path.rglob("soft-prompts/*")
+    _, record, tensors = read_file(path)
+    assert torch.isfinite(tensors["soft_prompt"]).all() and 0 <= record["validation"] <= 1
+
+
+@pytest.mark.parametrize(("arguments", "ends"), [
+    (("--alpha", "inf"), "the loss is not finite at step 1"), (("--alpha", "1e300"), "the loss is not finite"), (("--noise", "1e300"), "not finite"),
+    (("--dim", 10**30), "--dim 1000000000000000000000000000000 is larger than the prompt itself, 48 numbers"),
+])  # fmt: skip
+def test_an_option_of_subspaces_beyond_all_limits_ends_in_one_sentence(
+    finished: tuple[Path, Cli], arguments: Any, ends: str
+) -> None:
+    before = files_in(finished[0])
+    assert_one_error(finished[1]("fit-subspace", "--subspace-steps", 2, "--dim", 5, *arguments), ends)
+    assert files_in(finished[0]) == before
+    for option, value in (("--alpha", "nan"), ("--noise", "nan"), ("--noise", -1), ("--subspace-seed", 2**32)):
+        assert finished[1]("fit-subspace", option, value).code == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(cli: Cli, tmp_path: Path) -> None:

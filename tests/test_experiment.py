@@ -16,6 +16,7 @@ from torch import Tensor
 from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment, differences
+from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.makers import start_of
 from intrinsic_prompt_tuning.metrics import METRICS
@@ -789,3 +790,102 @@ def test_a_damaged_note_of_what_fits_into_memory_costs_only_itself(build: Build)
     other.backbone.budget.tokens = 456
     other.remember_budgets()
     assert b"456" in note.read_bytes()
+
+
+# --- Headers that are not what they should be -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["soft-prompt", "subspace", "intrinsic-vector"])
+def test_a_header_without_a_field_or_with_one_of_another_type_is_told_and_never_used(
+    x: Experiment, build: Build, kind: str
+) -> None:
+    """The file has the name and the checksum that its header asks for, as one of another program would."""
+    prompts = save_prompts(x)
+    subspace = save_subspace(x, prompts)
+    (vectors,) = x.intrinsic_vectors(["mood-good"], 21, subspace).values()
+    save(x, vectors, {"intrinsic_vector": torch.zeros(6)})
+    whole = {"soft-prompt": prompts["mood-good"][0], "subspace": subspace, "intrinsic-vector": vectors[0]}[kind]
+    path = x.store.path(whole)
+    header, record, tensors = read_file(path)
+    path.unlink()
+    wrong: list[dict[str, Any]] = [{k: v for k, v in header.items() if k != name} for name in header]
+    odd = (None, {"a": 5}, [[]], "x", 5)
+    wrong += [
+        header | {k: v}
+        for k in header
+        for v in odd
+        if type(v) is not type(header[k]) and {type(v), type(header[k])} != {int, float}
+    ]
+    wrong += [
+        header | {name: value}
+        for name, value in (("backbone", "0" * 64), ("prompt_length", 4), ("version", 3), ("version", None))
+    ]
+    for changed in wrong:
+        named = path.with_name(f"{changed.get('task', changed.get('dim'))}-{digest(changed)}.safetensors")
+        write_file(named, changed, record, tensors)
+        other = build()
+        other.__dict__["backbone"] = x.backbone  # loading it takes longer than all else
+        found = other.found_prompts(["mood-good"]), other.found_subspaces(), other.found_vectors([subspace])
+        assert not found[["soft-prompt", "subspace", "intrinsic-vector"].index(kind)], changed
+        assert any(str(named) in why for why in other.left_out.values()) or "not used: 1" in " ".join(told(other)), changed
+        named.unlink()
+    assert len(wrong) > 70
+
+
+def test_a_subspace_whose_weights_are_of_another_dim_than_its_header_says_is_refused_by_name(x: Experiment) -> None:
+    prompts = save_prompts(x)
+    subspace = x.subspace("subspace", 6, prompts)
+    space = untrained_space(x.prompt_space.initial_prompt, unit=2.5, dim=5, inner=13, seed=1)
+    x.store.save(Made(subspace, {"unit": space.unit}, space.weights))
+    with pytest.raises(IptError, match=rf"6-{subspace.name}\.safetensors holds weights of dim 5"):
+        x.space(subspace)
+
+
+# --- Test rows that were seen before -------------------------------------------------------------
+
+
+def few_shot_folder(folder: Path, test: list[str], labels: str = "ab") -> Path:
+    """Write few-shot files of a task whose training rows are 0 and 1, whose validation rows are 2 and 3."""
+    (folder / "new").mkdir(parents=True)
+    for seed in (13, 100):
+        parts = {"train": ["0", "1"], "dev": ["2", "3"], "test": test}
+        for part, inputs in parts.items():
+            rows = [{"input": text, "output": labels[n % 2], "options": ["a", "b"]} for n, text in enumerate(inputs)]
+            (folder / "new" / f"new_4_{seed}_{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def test_test_rows_that_stand_among_the_others_are_counted_and_said_once_a_task(build: Build, tmp_path: Path) -> None:
+    split = tmp_path / "split.yaml"
+    split.write_text("seen: [new]", encoding="utf-8")
+    x = build(data=few_shot_folder(tmp_path / "data", ["0", "3", "4", "5"]), split=str(split))
+    for seed in (100, 13, 100):
+        assert len(x.sample("new", seed).test) == 4
+    assert told(x) == ["2 of 4 test rows of new are in train or validation (seed 100), too"]
+    apart = build(data=few_shot_folder(tmp_path / "apart", ["4", "5"]), split=str(split))
+    apart.sample("new", 100)
+    assert told(apart) == []
+
+
+def test_rows_of_a_world_never_stand_in_two_parts(x: Experiment) -> None:
+    for task in x.tasks:
+        x.sample(task, 100)
+    assert told(x) == []
+
+
+def test_one_validation_row_and_a_label_that_training_never_shows_give_scores_all_the_same(build: Build, tmp_path: Path) -> None:
+    split = tmp_path / "split.yaml"
+    split.write_text("seen: [new]", encoding="utf-8")
+    folder = few_shot_folder(tmp_path / "data", ["4", "5", "6", "7"])
+    for path in folder.glob("new/*_dev.jsonl"):
+        path.write_text(json.dumps({"input": "2", "output": "a", "options": ["a", "b"]}), encoding="utf-8")
+    for path in folder.glob("new/*_train.jsonl"):
+        path.write_text(json.dumps({"input": "0", "output": "a", "options": ["a", "b"]}), encoding="utf-8")
+    x = build(data=folder, split=str(split), steps=2, evaluations=1)
+    prompts = x.soft_prompts(["new"])
+    scores = x.scores(prompts, [], [])
+    x.make([*prompts["new"], *scores])
+    assert x.store.read(prompts["new"][0])[0]["validation"] in (0.0, 1.0), "one row is right or wrong"
+    told_scores = {score.header["stage"]: x.store.read(score)[0] for score in scores}
+    assert told_scores["one answer for all"] == {"score": 0.5, "n": 4}, "the label that never occurs in train is never right"
+    assert all(0 <= record["score"] <= 1 and record["n"] == 4 for record in told_scores.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import TASKS_FILE as SMALL
+from conftest import files_in
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Sample, Task, find_few_shot_tasks, kept, load_tasks, missing_files
@@ -365,10 +366,56 @@ def test_a_sample_that_tells_nothing_is_refused_from_what_is_kept_too(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: path.write_bytes(b"\xff"), lambda path: path.unlink(), lambda path: path.write_text("{")]
+    "damage",
+    [
+        lambda path: path.write_bytes(b"\xff"),
+        lambda path: path.unlink(),
+        lambda path: path.write_text("{"),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"a", b"b").replace(b"1", b"2")),
+        lambda path: path.write_bytes(b""),
+    ],
 )
-def test_a_kept_file_that_was_damaged_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize("file", ["train.jsonl", "dev.jsonl", "test.jsonl", "checksum"])
+def test_a_kept_file_that_was_damaged_is_drawn_anew_and_mended(tmp_path: Path, damage: Callable[[Path], Any], file: str) -> None:
     kept(counting([]), tmp_path).sample(13, 16, 5)
-    damage(next(tmp_path.rglob("mine_32_13_train.jsonl")))
-    with pytest.raises(IptError, match=r"mine_32_13_train\.jsonl"):
-        kept(counting([]), tmp_path).sample(13, 16, 5)
+    kept(counting([]), tmp_path).sample(21, 16, 5)
+    whole = files_in(tmp_path)
+    damage(next(tmp_path.rglob(f"mine_32_13*{file}")))
+    calls: list[tuple[Any, ...]] = []
+    for seed in (13, 21, 13):
+        assert kept(counting(calls), tmp_path).sample(seed, 16, 5) == counting([]).sample(seed, 16, 5)
+    assert calls == [(13, 16, 5)], "what is damaged costs only itself"
+    assert files_in(tmp_path) == whole
+
+
+def test_not_a_bit_of_kept_rows_may_be_another(tmp_path: Path) -> None:
+    expected, calls = counting([]).sample(13, 16, 5), list[tuple[Any, ...]]()
+    kept(counting([]), tmp_path).sample(13, 16, 5)
+    for path in sorted(tmp_path.rglob("mine_*")):
+        whole = path.read_bytes()
+        for at in range(0, len(whole), 11):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            assert kept(counting(calls), tmp_path).sample(13, 16, 5) == expected
+            path.write_bytes(whole)
+    assert calls, "what reads as other rows was drawn anew"
+
+
+def test_a_sample_that_version_2_kept_is_read(tmp_path: Path) -> None:
+    rows = (Example("a b", ("x", "y"), ("x", "z"), 2), Example('"q"\t\\ \r\n\u2028 ü 漢', ("z",), ("x", "z")))
+
+    def fail(*_: Any) -> Sample:
+        raise IptError("drawn anew")
+
+    old = Task(name="old", kind="multiple-choice", metric="ACC", draw=fail, source="", definition="version 2")
+    folder = Path(__file__).parent / "data" / "version-2" / "samples"
+    assert kept(old, folder).sample(100, 1, 2) == Sample(rows[:1], rows[1:], rows)
+    with pytest.raises(IptError, match="drawn anew"):
+        kept(old, folder).sample(13, 1, 2)
+
+
+def test_a_k_with_train_and_without_dev_rows_is_not_there(tmp_path: Path) -> None:
+    for k in (16, 32):
+        write_files(tmp_path, "kilt_nq", "PART\ta\n", k=k)
+    (tmp_path / "kilt_nq" / "kilt_nq_32_13_dev.tsv").unlink()
+    with pytest.raises(IptError, match="has no files of K 32 for data seed 13; the folder has 16: name one with --shots"):
+        found(tmp_path, "kilt_nq").sample(13, 32, None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import pytest
 import yaml
 from conftest import TASKS_FILE
 
+from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import (
     Example,
     Sample,
+    Task,
     find_few_shot_tasks,
     kept,
     load_tasks,
@@ -23,6 +28,8 @@ from intrinsic_prompt_tuning.tasks import (
     split_tasks,
     subsets,
 )
+from intrinsic_prompt_tuning.tasks.examples import check_names
+from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 
 ROW = {"dataset": "d", "template": "{a}", "answer": "b", "metric": "ACC"}
@@ -148,3 +155,184 @@ def test_a_row_that_does_not_fit_its_data_ends_in_one_sentence(tmp_path: Path, f
 def test_choices_in_a_message_name_no_empty_one() -> None:
     with pytest.raises(IptError, match="it can be classification, multiple-choice, free-form"):
         hub_task("x", ROW | {"kind": "clasification"}, Path("f.yaml"))
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+LEVELS = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 12))
+BOMB = f"x0: &x0 [lol]\n{LEVELS}"
+"""Eleven lines that stand for 31 thousand million."""
+MERGES = "m0: &m0 {k: v}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Let this process take at most 2 GB more than it has, and 20 seconds."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self").exists() else 0
+    if now:
+        resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("takes too long"))
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("text", [
+    *(BOMB + f"tasks:\n  t: {{dataset: d, template: '{{a}}', answer: b, metric: ACC, {field}}}\n" for field in (
+        "reader: {x: *x11}", "keep: {x: *x11}", "transform: *x11", "transform: [pair, *x11]", "verbalizer: {a: *x11}", "note: *x11",
+        "options: *x11", "data_files: *x11", "clean: {x: *x11}", "*x11 : x",
+    )),
+    BOMB + "worlds: *x11\ntasks: {}\n", BOMB + "subsets: {few: *x11}\ntasks: {}\n", BOMB + "tasks: *x11\n",
+    MERGES + "tasks: {}\n", "tasks:\n  ? &a [*a]\n  : 1\n", "tasks: &a {t: *a}\n",
+    *(f"tasks:\n  t: {{dataset: d, template: '{{a}}', answer: b, metric: ACC, {field}}}\n" for field in (
+        "keep: {x: &x [*x]}", "reader: &x {x: *x}", "transform: &x [*x]", 'template: "\\uD800{a}"', 'verbalizer: {a: "\\uDFFF"}',
+        f"note: {'1' * 5000}", f"note: 1{':59' * 5000}",
+    )),
+    "tasks: !!python/object/apply:os.system ['exit 1']\n", "tasks: !!python/name:os.system\n", "tasks: !!python/object/new:ipt.x []\n",
+    "tasks: !!binary AAAA\n", "tasks: !<x> y\n", "%YAML 9.9\n---\ntasks: {}\n...\n---\ntasks: {}\n", "tasks: {" + "a: {" * 3000,
+    "tasks: {}\n\0", "\ufefftasks: [\n", "tasks: {t: !!set {a, b}}\n", "tasks: {t: !!pairs [a: 1, a: 2]}\n", "tasks: !!omap [t: {}]\n",
+])  # fmt: skip
+def test_hostile_yaml_is_refused_in_a_short_sentence_at_once(tmp_path: Path, text: str) -> None:
+    with pytest.raises(IptError, match=r"own\.yaml") as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 + len(str(tmp_path))
+
+
+def test_aliases_of_an_honest_file_are_read(tmp_path: Path) -> None:
+    words = "verbalizer: &words {'0': no, '1': yes}".replace("no", "'no'").replace("yes", "'yes'")
+    row = "dataset: d, template: '{a}', answer: b, metric: ACC"
+    tasks = load(tmp_path, f"tasks:\n  one: {{{row}, {words}}}\n  two: {{{row}, verbalizer: *words}}\n")
+    assert tasks["one"].words == tasks["two"].words == ("no", "yes")
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "a/b", "a\\b", "..", "a\0b", "a" * 300, "名" * 34, "a\nb", "e\u0301", "\u202ename", "\ud800"]
+)
+def test_what_could_leave_a_folder_or_not_be_a_file_is_no_name_of_a_task(tmp_path: Path, name: str) -> None:
+    with pytest.raises(IptError, match=r"here: .* cannot be a task's name"):
+        check_names(["good", name], Path("here"))
+
+
+@pytest.mark.parametrize("name", ["MOOD-good", "\uff4dood-good", "moo\ufb01", "\u017f", "\u212a"])
+def test_names_that_a_file_system_may_take_for_one_are_refused(name: str) -> None:
+    with pytest.raises(IptError, match="differ by case only, or by what file systems may fold"):
+        check_names(["mood-good", "moofi", "s", "k", name], Path("here"))
+
+
+def test_the_longest_name_makes_a_file_everywhere(tmp_path: Path) -> None:
+    name = "名" * 33
+    check_names([name], tmp_path)
+    rows = (Example("i", ("a",)),)
+    own = Task(name=name, kind="free-form", metric="EM", source="", definition=1, draw=lambda *_: Sample(rows, rows, rows))
+    assert kept(own, tmp_path).sample(2**32 - 1, 10_000, 1).train == rows
+
+
+# --- Templates -----------------------------------------------------------------------------------
+
+PLACES = (
+    "{x.__class__}",
+    "{x:>999999999}",
+    "{x!r}",
+    "{0}",
+    "{}",
+    "{x[0]}",
+    "{x.__init__.__globals__}",
+    "{x:{x}}",
+    "{",
+    "}",
+    "{x!r:>{y}}",
+)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("field", ["template", "option_style", "replace"])
+def test_a_template_puts_text_into_places_and_nothing_else(tmp_path: Path, field: str, place: str) -> None:
+    fields: dict[str, Any] = {field: {"t": place} if field == "replace" else place}
+    with pytest.raises(IptError, match=r"my\.yaml: task 'mine'"):
+        local(tmp_path, **fields).sample(42, 1, 1)
+
+
+# --- What runs code, or writes elsewhere ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [
+    {"dataset": "pandas", "data_files": {"train": "rows.pkl"}}, {"reader": {"cache_dir": "/tmp/elsewhere"}}, {"reader": {"num_proc": 99999}},
+    {"reader": {"storage_options": {"a": "b"}}}, {"reader": {"download_config": {}}},
+])  # fmt: skip
+def test_a_row_reads_no_pickles_and_says_not_where_files_are_kept(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(IptError, match=r"my\.yaml: task 'mine': dataset 'pandas', and a 'reader' with .* are not allowed"):
+        local(tmp_path, **fields)
+
+
+# --- Few-shot files ------------------------------------------------------------------------------
+
+
+def few_shot(folder: Path, content: bytes, suffix: str = "jsonl") -> Task:
+    (folder / "boolq").mkdir(exist_ok=True)
+    for part in ("train", "dev", "test"):
+        (folder / "boolq" / f"boolq_16_13_{part}.{suffix}").write_bytes(content)
+    return find_few_shot_tasks(folder, {})["boolq"]
+
+
+GOOD = b'{"input": "i", "output": "o", "options": ["o", "p"]}\n'
+
+
+@pytest.mark.parametrize("line", [
+    b'{"input": "\\ud800", "output": "o"}', b'{"input": "i", "output": "\\udfff"}', b'{"input": "i", "output": "o", "options": ["\\ud800", "o"]}',
+    b'{"input": "i", "output": "o", "answers": {"o": 1}}', b'{"input": "i", "output": "o", "options": [["o"]]}',
+    b'{"input": NaN, "output": "o"}', b'{"input": "i", "output": Infinity}', b'{"input": "i", "output": "o", "tail": 1e999}',
+    b'{"input": "i", "output": ' + b"1" * 5000 + b"}", b"\xef\xbb\xbf" + GOOD.strip(), b"\0", b'{"input": "i"}\r{"output": "o"}',
+    b'{"input": "i", "output": "o"} {"input": "i", "output": "o"}', b"[" * 50_000 + b"]" * 50_000,
+])  # fmt: skip
+def test_a_hostile_line_is_refused_with_file_and_line(tmp_path: Path, line: bytes) -> None:
+    with pytest.raises(IptError, match=r"boolq_16_13_train\.jsonl, line 2: expected ") as caught:
+        few_shot(tmp_path, GOOD + line + b"\n")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", ["i\0\x01\x7f\u202e\tyes\n", "i" * 3_000_000 + "\tyes\n", "\u200b\tyes\n", "=cmd|' /C calc'!A0\tyes\n"]
+)
+def test_odd_text_is_a_row_as_it_stands(tmp_path: Path, t5: Backbone, content: str) -> None:
+    sample = few_shot(tmp_path, content.encode(), "tsv").sample(13, 16, None)
+    assert sample.train == (Example(content.partition("\t")[0], ("yes",)),)
+    (row,) = t5.encode(sample.train, prompt_length=3)
+    assert len(row.input_ids) <= t5.max_length
+
+
+@pytest.mark.parametrize(
+    "content", ["\ufeff\ufeffi\to\n".encode("utf-16"), b"\x80", b"\xc3(\to\n", b"\xed\xa0\x80\to\n", b"\xff\xfe"]
+)
+def test_a_broken_encoding_is_refused_by_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(IptError, match=r"boolq_16_13_train\.tsv cannot be read: 'utf-8' codec"):
+        few_shot(tmp_path, content, "tsv")
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_device_a_pipe_and_a_link_to_itself_are_no_few_shot_files(tmp_path: Path, part: str) -> None:
+    few_shot(tmp_path, GOOD)
+    file = tmp_path / "boolq" / f"boolq_16_13_{part}.jsonl"
+    for make in (lambda: file.symlink_to("/dev/zero"), lambda: os.mkfifo(file), lambda: file.symlink_to(file)):
+        file.unlink()
+        make()
+        with pytest.raises(IptError, match=rf"boolq_16_13_{part}\.jsonl cannot be read: it is no file"):
+            find_few_shot_tasks(tmp_path, {})["boolq"].sample(13, 16, None)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"input": "\\ud800"}', '{"input": 5}', '{"input": "a", "options": [5]}', '{"input": "a", "options": 5}', "{" * 99_999],
+)
+def test_a_hostile_input_line_is_refused_with_its_number(line: str) -> None:
+    with pytest.raises(IptError, match="line 7: expected text"):
+        parse_input("line 7", line)

@@ -122,3 +122,10 @@ def test_with_several_references_the_best_counts_and_rows_are_averaged(metric: s
 def test_a_metric_refuses_as_many_predictions_as_there_are_no_rows_for(metric: str) -> None:
     with pytest.raises(ValueError, match="zip"):
         METRICS[metric](["1", "2", "3"], [("1",), ("2",)])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty_answers_to_rows_that_have_one_score_nothing(metric: str) -> None:
+    references = [("0.1", "7"), ("0.5",), ("0.9",), ("2",)]
+    assert METRICS[metric](["", " ", "", "\n"], references) == 0
+    assert METRICS[metric]([refs[0] for refs in references], references) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import tempfile
 from collections import Counter
@@ -23,7 +24,9 @@ from intrinsic_prompt_tuning.files import FILE_VERSION, read_file, read_header, 
 from intrinsic_prompt_tuning.metrics import METRICS, macro_f1, pearson
 from intrinsic_prompt_tuning.passes import Budget, pass_sizes
 from intrinsic_prompt_tuning.spaces import Space, untrained_space
-from intrinsic_prompt_tuning.tasks import Example, Task, load_tasks
+from intrinsic_prompt_tuning.tasks import Example, Task, find_few_shot_tasks, load_tasks
+from intrinsic_prompt_tuning.tasks.folders import parse_input
+from intrinsic_prompt_tuning.tasks.splits import read_split
 from intrinsic_prompt_tuning.tuning import minibatch
 
 settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -258,6 +261,67 @@ def test_a_row_s_loss_alone_equals_its_loss_in_a_padded_batch(request: pytest.Fi
     prompts = torch.randn(3, 2, backbone.hidden, generator=torch.Generator().manual_seed(seed)) * backbone.embedding_rms
     together, alone = backbone.answer(prompts, rows), [backbone.answer(prompts, [row])[0] for row in rows]
     assert [a.loss for a in together] == pytest.approx([a.loss for a in alone], rel=1e-5, abs=1e-5)
+
+
+# --- What others write: IPT_EXAMPLES=20000 pytest tests/test_properties.py -k others_write tries more ----------------
+
+others_write = settings(max_examples=int(os.environ.get("IPT_EXAMPLES", "60")))
+yaml_pieces = st.sampled_from([
+    "tasks:", "worlds:", "subsets:", "seen:", "unseen:", " t: ", "\n", "\n  ", "\n    ", "{", "}", "[", "]", ", ", ": ", "- ", "&a ", "*a", "<<: *a", "!!python/name:os.system ",
+    "!!binary ", "!!set ", "? ", "| ", "> ", "'", '"', "\\uD800", "dataset: d", "template: '{a}'", "answer: b", "metric: ACC", "world: small", "question: mood good",
+    "kind: classification", "keep: ", "reader: ", "transform: ", "merge", "verbalizer: ", "yes", "0x1", "1:59:59", "2020-01-01", ".inf", "~", "#", "%YAML 1.1", "---", "...", "\t",
+    "\0", "\ufeff", "é",
+])  # fmt: skip
+yaml_texts = st.lists(yaml_pieces | st.text(max_size=5), max_size=40).map("".join) | st.text(max_size=60)
+json_pieces = st.sampled_from([
+    '{"input": "i", ', '"output": "o"', '"options": ["o", "p"]', '"answers": ["o"]', '"tail": 1', '"task": "t"', ", ", "}", "{", "[", "]", "\n", "\r\n", "\r", "\t", "NaN", "1e999",
+    "-Infinity", "null", "true", '"\\ud800"', '"\\u0000"', "\0", "\ufeff", '"input": ', "\u2028", "1" * 400, "[" * 400,
+])  # fmt: skip
+row_bytes = st.lists(json_pieces | st.text(max_size=5), max_size=30).map(
+    lambda parts: "".join(parts).encode(errors="ignore")
+) | st.binary(max_size=80)
+
+
+def read_or_refused(read: Callable[[], Any]) -> tuple[Any, str]:
+    """Return what was read, or in which words of one line it was refused."""
+    try:
+        return read(), ""
+    except IptError as error:
+        words = str(error)
+    assert words and "\n" not in words
+    return None, words
+
+
+@others_write
+@given(text=yaml_texts)
+def test_any_tasks_file_or_split_that_others_write_is_read_or_refused_by_name(tasks: dict[str, Task], text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "own.yaml"
+        file.write_text(text, encoding="utf-8", errors="replace")
+        for read in (lambda: load_tasks(file), lambda: read_split(file, tasks)):
+            found, refused = read_or_refused(read)
+            assert isinstance(found, dict) or "own.yaml" in refused
+        assert [path.name for path in Path(folder).iterdir()] == ["own.yaml"]
+
+
+@others_write
+@given(content=row_bytes, suffix=st.sampled_from(["tsv", "jsonl"]))
+def test_any_few_shot_file_that_others_write_is_rows_of_text_or_refused_by_name(content: bytes, suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "t").mkdir()
+        for part in ("train", "dev", "test"):
+            (Path(folder) / "t" / f"t_16_13_{part}.{suffix}").write_bytes(content)
+        sample, refused = read_or_refused(lambda: find_few_shot_tasks(Path(folder), {})["t"].sample(13, 16, None))
+        assert sample or "'t'" in refused or "t_16_13_train" in refused
+        for row in itertools.chain(*(sample or ())):
+            assert row.answers and "".join([row.input, *row.answers, *row.options]).encode() is not None
+
+
+@others_write
+@given(line=row_bytes)
+def test_any_input_line_that_others_write_is_text_or_refused_with_its_number(line: bytes) -> None:
+    found, refused = read_or_refused(lambda: parse_input("line 3", line.decode(errors="ignore")))
+    assert refused.startswith("line 3: expected text") or "".join([*found[:2], *found[2]]).encode() is not None
 
 
 @given(text=st.text(max_size=60))

@@ -21,7 +21,7 @@ from conftest import files_in
 import ipt
 from intrinsic_prompt_tuning import results
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.files import FILE_VERSION, write_file
+from intrinsic_prompt_tuning.files import FILE_VERSION, read_file, write_file
 from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker, Reporter, Result, Store, make
 
 FINGERPRINT = "f" * 64
@@ -691,3 +691,82 @@ def test_a_killed_process_s_work_is_taken_over(store: Store, tmp_path: Path) -> 
     assert [lines.count(f"begin roll{n}") for n in range(8)] == [1, 1, 1, 2, 1, 1, 1, 1]
     assert [path.name for path in store.folder.iterdir()] == ["rolls"]
     assert len(list(store.folder.glob("rolls/*"))) == 8
+
+
+# --- Files of earlier versions -------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "data"
+VERSION_2 = {
+    "soft-prompt": ("day-next-6300da45fd91ca15", {"soft_prompt": (1, 128)}, 24.0974883),
+    "subspace": (
+        "2-41b1f175a3bbb2de", {"in.bias": (2,), "in.weight": (2, 128), "out.bias": (128,), "out.weight": (128, 2)}, 8.8424488,
+    ),
+    "intrinsic-vector": ("day-next-5be8646d6dc1b0a3", {"intrinsic_vector": (2,)}, 0.0174149),
+    "score": ("day-next-0825833e71b7c191", {}, 0.0),
+}  # fmt: skip
+"""What the first program of version 2 wrote: kind -> file, shapes, sum of all numbers."""
+
+
+@pytest.mark.parametrize("kind", VERSION_2)
+def test_a_file_that_version_2_wrote_is_read_as_it_was_or_refused_by_name(kind: str) -> None:
+    name, shapes, total = VERSION_2[kind]
+    path = OLD / "version-2" / f"{kind}s" / f"{name}.safetensors"
+    if FILE_VERSION != 2:
+        with pytest.raises(IptError, match=rf"{name}\.safetensors has file version 2, expected {FILE_VERSION}: remove it"):
+            read_file(path)
+        return
+    header, record, tensors = read_file(path)
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == shapes
+    assert sum(float(tensor.double().sum()) for tensor in tensors.values()) == pytest.approx(total, abs=1e-5)
+    old = Store(OLD / "version-2", header["backbone"])
+    (found,), unusable = old.found(kind)
+    assert old.path(found) == path, "the same header has the same name"
+    assert not unusable and old.missing([found]) == [] and old.read(found)[0] == record
+    expected = {"soft-prompt": {"validation"}, "intrinsic-vector": {"validation"}, "subspace": {"unit"}, "score": {"score", "n"}}
+    assert expected[kind] <= record.keys()
+
+
+# --- Damaged scores ------------------------------------------------------------------------------
+
+
+def test_a_damaged_score_is_missing_and_damaged_results_that_cost_more_are_not(store: Store) -> None:
+    score, prompt = save_one(store, kind="score"), save_one(store)
+    for damaged in (score, prompt):
+        store.path(damaged).write_bytes(store.path(damaged).read_bytes()[:-1] + b"?")
+    assert Store(store.folder, FINGERPRINT).missing([score, prompt]) == [score]
+    with pytest.raises(IptError, match=r"damaged .*: remove it"):
+        store.read(prompt)
+    before = store.path(prompt).read_bytes()
+    store.save(Made(score, RECORD, PROMPT))
+    assert store.missing([score, prompt]) == [] and store.path(prompt).read_bytes() == before
+
+
+# --- Links that somebody put into the cache ------------------------------------------------------
+
+
+def test_nothing_is_written_through_a_link_in_the_cache(store: Store, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious", encoding="utf-8")
+    one = result()
+    path, claimed = store.path(one), store.claims.path
+    for link in (path, path.with_name(f".{path.name}.{os.getpid()}"), path.with_suffix(".unfinished"), claimed):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(outside)
+    assert store.unfinished(one) == {}
+    assert store.claims.take([one.name]) == [one.name]
+    store.save_unfinished({one: {"step": torch.tensor(1.0)}})
+    path.unlink()  # it is no result, but there
+    store.save_unfinished({one: {"step": torch.tensor(1.0)}})
+    save_one(store)
+    store.claims.give_back()
+    assert outside.read_text(encoding="utf-8") == "precious"
+    assert [found.name for found in store.folder.rglob("*") if found.is_file()] == [path.name]
+    assert not path.is_symlink() and store.read(one)[0] == RECORD
+
+
+def test_a_damaged_claim_of_a_living_process_blocks_nothing(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    (file,) = (tmp_path / "claims").iterdir()
+    file.write_bytes(b"\xff\xfea\nb\xff")
+    claims = Claims(tmp_path / "claims")
+    assert claims.take(["a", "b"]) == ["a", "b"]
+    claims.give_back()

@@ -16,7 +16,7 @@ import yaml
 from intrinsic_prompt_tuning.errors import IptError, nearest
 
 T = TypeVar("T")
-NAMES_OF_TYPES: dict[Any, str] = {str: "text", dict: "a mapping", list: "a list", bool: "true or false"}
+NAMES_OF_TYPES = {str: "text", dict: "a mapping", list: "a list", bool: "true or false", int: "a number", float: "a number"}
 
 
 def build(kind: type[T], row: Any, where: str, /, **more: Any) -> T:
@@ -124,7 +124,18 @@ def read_yaml(file: Path) -> Any:
 @lru_cache(maxsize=4)
 def _parse_yaml(file: Path, modified: int) -> Any:
     with file.open(encoding="utf-8") as stream:
-        return yaml.load(stream, Loader=_StrictLoader)
+        content = yaml.load(stream, Loader=_StrictLoader)
+    if _size(content, {}) > 10**7:
+        raise ValueError("its aliases make it larger than 10 million characters")
+    return content
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Return the characters of a value's texts, what aliases repeat counted each time; what has no text raises ValueError."""
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        known[id(value)] = 1 + sum(_size(item, known) for item in inner) if inner else len(str(value).encode())
+    return known[id(value)]
 
 
 def read_mapping(file: Path, key: str = "", parts: Mapping[str, Any] | None = None) -> dict[str, Any]:

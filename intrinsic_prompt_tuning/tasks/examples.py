@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,12 +113,13 @@ def check_names(names: Iterable[object], where: Path) -> None:
     """
     folded: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name) or RESERVED.fullmatch(name.partition(".")[0]):
+        fits = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 100
+        if not isinstance(name, str) or not fits or RESERVED.fullmatch(name.partition(".")[0]):
             raise IptError(
-                f"{where}: {str(name)[:120]!r} cannot be a task's name: expected at most 100 letters, digits, '.', '_' and '-', "
-                "and no name that a system keeps (quote yes and no)"
+                f"{where}: {str(name)[:120]!r} cannot be a task's name: expected at most 100 letters, digits, '.', '_' and '-' "
+                "(100 bytes), and no name that a system keeps (quote yes and no)"
             )
-        if (other := folded.setdefault(name.casefold(), name)) != name:
+        if (other := folded.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
             raise IptError(
-                f"{where}: the tasks '{other}' and '{name}' differ by case only, which file systems may fold: rename one"
+                f"{where}: the tasks '{other}' and '{name}' differ by case only, or by what file systems may fold: rename one"
             )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,10 @@ from typing import Any
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import digest, write_bytes
 from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
-from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names
+from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
 
 FEW_SHOT_FILE = re.compile(r"(?P<task>.+?)(_(?P<k>\d+)_(?P<seed>\d+))?_(?P<part>train|dev|test)\.(tsv|jsonl)")
+KEPT = ("_train.jsonl", "_dev.jsonl", "_test.jsonl", ".checksum")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +77,8 @@ class FewShotFiles:
     def read(self, path: Path) -> Rows:
         """Return the rows of a file; those of TSV have the options of all."""
         try:
+            if not path.is_file():  # such as a device, which never ends
+                raise OSError("it is no file")
             lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a row may hold any other line separator
         except (OSError, UnicodeDecodeError) as error:
             raise IptError(f"{path} cannot be read: {error}") from error
@@ -101,10 +105,10 @@ def parse_row(where: str, line: str) -> Example:
         row = json.loads(line)
         text, answers, options = row["input"], row.get("answers") or [row["output"]], row.get("options") or []
         tail = row.get("tail", 0)
+        "".join([text, *answers, *options]).encode()  # half a character is none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IptError(f"{where}: expected a JSON object with input, output and options ({error!r})") from error
-    listed = isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)
-    if not listed or not all(isinstance(part, str) for part in (text, *answers, *options)):
+    if not (isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)):
         raise IptError(f"{where}: expected text in input and output, and a list of texts in options")
     return Example(text, tuple(answers), tuple(options), tail)
 
@@ -191,7 +195,7 @@ def missing_files(folder: Path, tasks: Mapping[str, Task], wanted: Iterable[str]
 def kept(task: Task, folder: Path) -> Task:
     """Return the task with a draw that converts and draws once on this machine, and then reads the few-shot files of that.
 
-    The files lie in `folder`, under a name that changes with all that the rows follow from.
+    The files lie in `folder`, under a name that changes with all that the rows follow from, with a checksum of the rows beside.
     """
 
     def draw(data_seed: int, shots: int, test_rows: int | None) -> Sample:
@@ -199,14 +203,16 @@ def kept(task: Task, folder: Path) -> Task:
         name = digest({"definition": repr(task.definition), "metric": task.metric, "shots": shots, "test rows": test_rows})
         k = shots if task.kind == "classification" else 2 * shots
         own = folder / f"{task.name}-{name}" / task.name
-        stems = {part: f"_{k}_{data_seed}_{part}" for part in ("train", "dev")} | {"test": f"_{k}_{data_seed}_test"}
-        files = {part: own / f"{task.name}{stem}.jsonl" for part, stem in stems.items()}
-        if not files["test"].exists():  # written last
-            sample = task.draw(data_seed, shots, test_rows)
-            for path, rows in zip(files.values(), sample, strict=True):
-                write_bytes(path, b"".join(_json_line(row) for row in rows))
-        source = FewShotFiles(task=task.name, files={(k, data_seed, part): path for part, path in files.items()})
-        return Sample(*(source.read(path) for path in files.values()))
+        *files, checksum = (own / f"{task.name}_{k}_{data_seed}{end}" for end in KEPT)
+        with contextlib.suppress(IptError, OSError):  # what is not there, or damaged, is drawn anew
+            sample = Sample(*map(FewShotFiles(task=task.name, files={}).read, files))
+            if checksum.read_bytes() == digest([rows_digest(rows) for rows in sample]).encode():
+                return sample
+        sample = task.draw(data_seed, shots, test_rows)
+        for path, rows in zip(files, sample, strict=True):
+            write_bytes(path, b"".join(_json_line(row) for row in rows))
+        write_bytes(checksum, digest([rows_digest(rows) for rows in sample]).encode())
+        return sample
 
     return task if task.definition is None else replace(task, draw=draw)
 

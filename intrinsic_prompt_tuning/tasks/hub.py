@@ -267,6 +267,9 @@ def _check_row(row: HubRow) -> None:
     texts_with_places = [("template", row.template), ("option_style", row.option_style)]
     for name, template in texts_with_places + [("replace", new) for new in row.replace.values()]:
         check_format(template, f"{row.where}: field '{name}'")
+    # The first reads pickles, which can hold code; the others write elsewhere, or in many processes.
+    if row.dataset == "pandas" or row.reader.keys() & {"cache_dir", "download_config", "num_proc", "storage_options"}:
+        raise IptError(f"{row.where}: dataset 'pandas', and a 'reader' with cache_dir, num_proc and the like, are not allowed")
     named = template_fields(row.template)
     if row.truncate not in ("", "start", *named):
         raise IptError(f"{row.where}: truncate names '{row.truncate}', but the template has only {', '.join(named)}")
