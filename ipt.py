@@ -26,7 +26,7 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import IO, Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -49,7 +49,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
-STOPPED_BY = [signal.SIGINT]
+STOPPED_BY: dict[int, float] = {}  # signals, and when they came
 stderr = Console(stderr=True, highlight=False)
 
 # --- Options -------------------------------------------------------------------------------------
@@ -103,7 +103,10 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
             small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
             count = values.pop("processes", None) or n_processes(small)
             if in_processes and n_ranks() == 1 and count > 1:
-                code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
+                try:
+                    code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
+                except KeyboardInterrupt:  # the first of them says how to go on
+                    raise SystemExit(128 + next(iter(STOPPED_BY))) from None
                 sys.stderr.write(told)
                 raise SystemExit(code)
             if values.get("quick"):
@@ -114,7 +117,7 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
                 command(Experiment.of(values, Terminal()), **{name: values[name] for name in own})
             except KeyboardInterrupt:
                 Terminal().say("stopped: what is done is kept, and the same command goes on from here")
-                raise SystemExit(128 + STOPPED_BY[-1]) from None
+                raise SystemExit(128 + next(iter(STOPPED_BY))) from None
 
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -352,9 +355,19 @@ def show_task(x: Experiment, name: str, data_seed: int) -> None:
 
 
 def echo(text: str = "") -> None:
-    """Print a line of results on stdout, once for all ranks."""
+    """Print a line of results on stdout, once for all ranks; end when its reader, such as `head`, has had enough."""
     if rank() == 0:
-        sys.stdout.write(f"{text}\n")
+        try:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            nobody_reads(sys.stdout)
+            raise SystemExit(0) from None
+
+
+def nobody_reads(stream: IO[str]) -> None:
+    """Let what is still to be written into a closed pipe go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
@@ -422,16 +435,21 @@ def common(
 
 
 def stop(number: int, _: object) -> None:
-    """End as Ctrl-C does, which saves unfinished work."""
-    STOPPED_BY.append(signal.Signals(number))
-    raise KeyboardInterrupt
+    """Save unfinished work and end; what comes within five seconds is the same wish, which a launcher passes on."""
+    now = time.monotonic()
+    if not STOPPED_BY or now > min(STOPPED_BY.values()) + 5:
+        STOPPED_BY[number] = now
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
     # Two threads that wait by spinning are many times slower than one where another process wants a core, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    STOPPED_BY.clear()
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    Console.on_broken_pipe = lambda console: nobody_reads(console.file)  # type: ignore[assignment]
     try:
         app()
     except IptError as error:

@@ -143,11 +143,6 @@ def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) ->
     """Score prompts on test rows, rows of many prompts at a time."""
     said, done, more = dict[Result, list[str]](), 0, True
     rows = _unanswered(x, results, said)
-
-    def states() -> dict[Result, dict[str, Tensor]]:
-        texts = {score: json.dumps(answers).encode() for score, answers in said.items()}
-        return {score: {"said": torch.tensor(list(text), dtype=torch.uint8)} for score, text in texts.items()}
-
     while more:
         more = _answer_some(x, rows, said)
         for score, answers in list(said.items()):
@@ -157,7 +152,7 @@ def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) ->
                 yield Made(score, {"score": value, "n": len(test)}, {})
                 del said[score]
                 done += 1
-        after_step(states, done)
+        after_step(lambda: {score: {"said": torch.tensor(list(json.dumps(said[score]).encode()))} for score in said}, done)
     x.remember_budgets()
 
 
