@@ -361,13 +361,13 @@ def echo(text: str = "") -> None:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
         except BrokenPipeError:
-            nobody_reads(sys.stdout)
+            into_nothing(sys.stdout)
             raise SystemExit(0) from None
 
 
-def nobody_reads(stream: IO[str]) -> None:
-    """Let what is still to be written into a closed pipe go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def into_nothing(closed: IO[str]) -> None:
+    """Send what is still to be written into a closed pipe nowhere, which is no mistake."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), closed.fileno())
 
 
 def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
@@ -449,7 +449,7 @@ def main() -> None:
     STOPPED_BY.clear()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    Console.on_broken_pipe = lambda console: nobody_reads(console.file)  # type: ignore[assignment]
+    Console.on_broken_pipe = lambda console: into_nothing(console.file)  # type: ignore[assignment]
     try:
         app()
     except IptError as error:

@@ -23,8 +23,7 @@ from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
 if TYPE_CHECKING:
     from torch import Tensor
 
-Question = tuple[Result, "Tensor", Encoded]
-"""A score, its prompt, a test row."""
+Question = tuple[Result, "Tensor", Encoded]  # a score, its prompt, a test row
 
 
 def makers(x: Context) -> dict[str, Maker]:
@@ -75,7 +74,7 @@ def start_of(x: Context, result: Result, space: Space) -> Tensor:
 
 def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
     """Tune soft prompts or intrinsic vectors: the one engine."""
-    first = next(results)
+    first, o = next(results), x.options
     is_prompt, config = first.kind == "soft-prompt", TuneConfig(**first.header["tuning"])
     space = x.prompt_space if is_prompt else x.space(first.inputs[0][0])
     begun, done = dict[Job, Result](), 0
@@ -91,8 +90,7 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
         steps = float(table.state["step"].sum()) + done * config.steps
         after_step(lambda: {own[job]: state for job, state in snapshot().items()}, steps)
 
-    decoding = first.header["decoding"]
-    for tuned in tune(x.backbone, space, begin(), config, slots=x.options.slots, decoding=decoding, on_step=on_step):
+    for tuned in tune(x.backbone, space, begin(), config, slots=o.slots, decoding=o.decoding, on_step=on_step):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
         yield Made(begun.pop(tuned.job), tuned.record, tensors)
@@ -148,7 +146,7 @@ def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) ->
         for score, answers in list(said.items()):
             test = x.sample(score.header["task"], COLLECTION_SEED).test
             if len(answers) == len(test):
-                value = METRICS[score.header["metric"]](answers, [example.answers for example in test])
+                value = METRICS[score.header["metric"]](answers, [e.answers for e in test])
                 yield Made(score, {"score": value, "n": len(test)}, {})
                 del said[score]
                 done += 1
@@ -180,8 +178,7 @@ def _answer_some(x: Context, rows: Iterator[Question], said: dict[Result, list[s
         own = list(group)
         prompts = {score: prompt for score, prompt, _ in own}
         pairs = [(list(prompts).index(score), row) for score, _, row in own]
-        decoding = own[0][0].header["decoding"]
-        answers = x.backbone.answer(torch.stack(list(prompts.values())), pairs, decoding=decoding, losses=False)
+        answers = x.backbone.answer(torch.stack(list(prompts.values())), pairs, decoding=x.options.decoding, losses=False)
         for (score, *_), answer in zip(own, answers, strict=True):
             said[score].append(answer.text)
     return bool(piece)
