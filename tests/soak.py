@@ -249,7 +249,7 @@ def jobs(count: int) -> int:
         done.append(made.result.name)
         if len(done) % (count // 10) == 0:
             pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-            megabytes, handles = pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
+            megabytes, handles = pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list(Path("/proc/self/fd").iterdir()))
             now = time.process_time()
             told.append((megabytes, handles, (now - since[-1]) * 1000 / (count // 10)))
             since.append(now)
@@ -261,7 +261,9 @@ def jobs(count: int) -> int:
     original, results.Store.save = results.Store.save, save  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "split.yaml").write_text(SPLIT, encoding="utf-8")
-        options = Options(cache=Path(name) / "cache", split=str(Path(name) / "split.yaml"), prompt_length=8, shots=2, test_rows=2)
+        options = Options(
+            cache=Path(name) / "cache", split=str(Path(name) / "split.yaml"), prompt_length=8, shots=2, test_rows=2, slots=8
+        )
         x = Experiment(options, tuning.TuneConfig(steps=2, batch_size=2, evaluations=1))
         prompts = [choice[0] for choice in x.soft_prompts(x.roles).values()]
         wanted = [
