@@ -2,6 +2,7 @@
 
     python tests/soak.py kill --kills 30                  # SIGKILL at random moments, one process
     python tests/soak.py kill --kills 1000 --processes 2  # two that share the work: both are killed, or one while the other goes on
+    python tests/soak.py stop                             # SIGINT and SIGTERM in every stage, and closed pipes
     python tests/soak.py jobs --count 10000               # memory, open files and time per job of a long run
 
 `kill`: `ipt run` on four of the testbed's tasks, a few steps each, is killed at random moments and started again until it has
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import itertools
 import json
 import os
 import random
@@ -108,8 +110,10 @@ def watch_steps(tell: Callable[[str, int], None]) -> None:
     tuning.step, finding._fit_step, makers._unanswered = steps, fit_steps, answers
 
 
-def start(cache: Path, log: Path, slots: int, every: float, rank: int = 0, processes: int = 1) -> int:
-    """Run `ipt run` in a fork of this process; return its number."""
+def start(
+    cache: Path, log: Path, slots: int, every: float, rank: int = 0, processes: int = 1, prepare: Callable[[], object] = dict
+) -> int:
+    """Run `ipt run` in a fork of this process, there after some preparation; return its number."""
     if pid := os.fork():
         return pid
     code = 1
@@ -123,7 +127,9 @@ def start(cache: Path, log: Path, slots: int, every: float, rank: int = 0, proce
         backbone.first_budgets = lambda device: (Budget(1 << 10), Budget(1 << 8))  # few rows are answered at a time
         split = ["--split", str(log.with_name("split.yaml")), "--processes", "1", "--slots", str(slots)]
         sys.argv = ["ipt", "run", *split, *SETTINGS, "--cache", str(cache)]
+        prepare()
         ipt.main()
+        code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
@@ -237,6 +243,88 @@ def kill(kills: int, processes: int, slots: int, seed: int) -> int:
     return wrong
 
 
+# --- Stopping ------------------------------------------------------------------------------------
+
+STAGES = {
+    "reading the tasks": (ipt.Experiment, "of", 1),
+    "loading the backbone": (backbone, "_load", 1),
+    "checking the backbone": (backbone, "check_backbone", 1),
+    "drawing rows": (Experiment, "sample", 2),
+    "tuning prompts": (tuning, "step", 4),
+    "validating": (tuning, "validate", 2),
+    "waiting for another process": (results.time, "sleep", 2),
+    "finding a subspace": (finding, "_fit_step", 90),
+    "tuning vectors": (tuning, "step", 25),
+    "scoring": (makers, "_answer_some", 3),
+    "printing the table": (ipt, "make_report", 1),
+}
+
+
+def at_call(owner: Any, name: str, call: int, number: int, told: Path) -> None:
+    """Send this process a signal when a function is called for the so-manieth time, and write down when that was."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            told.write_text(str(time.monotonic()), encoding="utf-8")
+            os.kill(os.getpid(), number)
+        return original(*arguments, **named)
+
+    setattr(owner, name, signalled)
+
+
+def into_closed_pipe() -> None:
+    """Let nobody read what this process prints."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+
+
+def stopped(cut: Path, log: Path, stage: str, number: signal.Signals) -> list[str]:
+    """Stop `ipt run` by a signal in a stage; return what is wrong with how it ends."""
+    told, err, other = log.with_suffix(".told"), log.with_suffix(".err"), 0
+    for file in (told, err):
+        file.unlink(missing_ok=True)
+    if "waiting" in stage:
+        other = start(cut, log, 1, 30, prepare=functools.partial(at_call, tuning, "step", 2, signal.SIGSTOP, told))
+        os.waitpid(other, os.WUNTRACED)
+    status = os.waitpid(start(cut, log, 1, 30, prepare=functools.partial(at_call, *STAGES[stage], number, told)), 0)[1]
+    seconds = time.monotonic() - float(told.read_text(encoding="utf-8"))
+    claims = len(list(cut.glob("*/claims/*"))) - bool(other)
+    if other:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    said, code = err.read_text(encoding="utf-8"), os.waitstatus_to_exitcode(status)
+    print(f"{number.name} while {stage}: exit code {code} after {seconds:.2f} s", flush=True)
+    right = {
+        "the code": code == 128 + number,
+        "seconds": seconds < 5,
+        "claims left": not claims,
+        "a traceback": "Traceback" not in said,
+    }
+    right["no word on how to go on"] = said.endswith("stopped: what is done is kept, and the same command goes on from here\n")
+    return [f"{number.name} while {stage}: {what}, {said[-500:]}" for what, good in right.items() if not good]
+
+
+def stops() -> int:
+    """Stop `ipt run` in every stage by either signal, and go on; return how much is not as it should be."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, wrong = Path(name), list[str]()
+        (folder / "split.yaml").write_text(SPLIT, encoding="utf-8")
+        status = os.waitpid(start(folder / "whole", folder / "whole.log", 1, 30, prepare=into_closed_pipe), 0)[1]
+        wrong += [f"with nobody to read what is printed: {status}"] if status else []
+        for stage in STAGES:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                wrong += stopped(folder / "cut", folder / "cut.log", stage, number)
+        assert os.waitpid(start(folder / "cut", folder / "cut.log", 1, 30), 0)[1] == 0
+        expected, found = files_in(folder / "whole"), files_in(folder / "cut")
+        wrong += [f"{name} differs" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        wrong += repeated((folder / "cut.log").read_text(encoding="utf-8").splitlines())
+    print("\n".join([*wrong, f"in all: {2 * len(STAGES)} stops, {len(found)} files compared, {len(wrong)} wrong"]))
+    return len(wrong)
+
+
 # --- Many jobs -----------------------------------------------------------------------------------
 
 
@@ -280,7 +368,7 @@ def jobs(count: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "jobs"])
+    parser.add_argument("what", choices=["kill", "stop", "jobs"])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--processes", type=int, default=1)
@@ -290,9 +378,12 @@ def main() -> None:
     torch.set_num_threads(1)
     load_backbone("testbed")  # what is imported or read late is so now, once for all
     load_tasks(TASKS_FILE)
-    if arguments.what == "jobs":
-        raise SystemExit(bool(jobs(arguments.count)))
-    raise SystemExit(bool(kill(arguments.kills, arguments.processes, arguments.slots, arguments.seed)))
+    attacks = {
+        "kill": lambda: kill(arguments.kills, arguments.processes, arguments.slots, arguments.seed),
+        "stop": stops,
+        "jobs": lambda: jobs(arguments.count),
+    }
+    raise SystemExit(bool(attacks[arguments.what]()))
 
 
 if __name__ == "__main__":
