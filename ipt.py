@@ -26,7 +26,7 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from types import NoneType
-from typing import IO, Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -361,13 +361,8 @@ def echo(text: str = "") -> None:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
         except BrokenPipeError:
-            into_nothing(sys.stdout)
+            Console().on_broken_pipe()
             raise SystemExit(0) from None
-
-
-def into_nothing(closed: IO[str]) -> None:
-    """Send what is still to be written into a closed pipe nowhere, which is no mistake."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), closed.fileno())
 
 
 def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
@@ -449,7 +444,8 @@ def main() -> None:
     STOPPED_BY.clear()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    Console.on_broken_pipe = lambda console: into_nothing(console.file)  # type: ignore[assignment]
+    # What is still to be written into a closed pipe goes nowhere, which is no mistake.
+    Console.on_broken_pipe = lambda c: os.dup2(os.open(os.devnull, os.O_WRONLY), c.file.fileno())  # type: ignore[assignment]
     try:
         app()
     except IptError as error:

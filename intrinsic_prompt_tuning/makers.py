@@ -159,8 +159,7 @@ def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[st
     for score in scores:
         task, stage = score.header["task"], score.header["stage"]
         if stage == "one answer for all":
-            sample = x.sample(task, COLLECTION_SEED)
-            said[score] = [_one_answer(sample, score.header["metric"])] * len(sample.test)
+            said[score] = _one_answer(x.sample(task, COLLECTION_SEED), score.header["metric"])
             continue
         state = x.store.unfinished(score)
         said[score] = json.loads(bytes(state["said"].tolist())) if state else []
@@ -184,11 +183,11 @@ def _answer_some(x: Context, rows: Iterator[Question], said: dict[Result, list[s
     return bool(piece)
 
 
-def _one_answer(sample: Sample, metric: str) -> str:
-    """Return the training answer that, given to every row, scores best on the validation rows."""
+def _one_answer(sample: Sample, metric: str) -> list[str]:
+    """Return for every test row the training answer that, given to every row, scores best on the validation rows."""
     known = dict.fromkeys(example.answers[0] for example in sample.train)
     references = [example.answers for example in sample.validation]
-    return max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))
+    return [max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))] * len(sample.test)
 
 
 def nearest_prompt(x: Context, score: Result) -> Tensor:
