@@ -310,6 +310,24 @@ def stopped(cut: Path, log: Path, stage: str, number: signal.Signals) -> list[st
     return [f"{number.name} while {stage}: {what}, {said[-500:]}" for what, good in right.items() if not good]
 
 
+def shared(cut: Path, log: Path) -> list[str]:
+    """Run the same command twice at once, the first held at its second step until the other waits; return what is wrong."""
+    begin = functools.partial(start, cut, log, 1, 30)
+    first = begin(prepare=functools.partial(at_call, tuning, "step", 2, signal.SIGSTOP, log.with_suffix(".told")))
+    os.waitpid(first, os.WUNTRACED)
+    second = begin()
+    while "waiting for another process" not in log.with_suffix(".err").read_text(encoding="utf-8"):
+        assert os.waitpid(second, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(first, signal.SIGCONT)
+    codes = [os.waitpid(pid, 0)[1] for pid in (first, second)]
+    lines = log.read_text(encoding="utf-8").splitlines()
+    made = {pid: {line.split()[2] for line in lines if line.startswith(f"{pid} done")} for pid in (first, second)}
+    print(f"the same command twice at once: {len(made[first])} results made by the first, {len(made[second])} by the second")
+    fair = len(made[first]) > 0 and len(made[second]) > 1 and not made[first] & made[second]
+    return repeated(lines) + ([] if codes == [0, 0] and fair else [f"the same command twice at once: {codes}, {made}"])
+
+
 def stops() -> int:
     """Stop `ipt run` in every stage by either signal, and go on; return how much is not as it should be."""
     with tempfile.TemporaryDirectory() as name:
@@ -321,8 +339,10 @@ def stops() -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 wrong += stopped(folder / "cut", folder / "cut.log", stage, number)
         assert os.waitpid(start(folder / "cut", folder / "cut.log", 1, 30), 0)[1] == 0
-        expected, found = files_in(folder / "whole"), files_in(folder / "cut")
-        wrong += [f"{name} differs" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        wrong += shared(folder / "both", folder / "both.log")
+        expected = files_in(folder / "whole")
+        for found in (files_in(folder / "cut"), files_in(folder / "both")):
+            wrong += [f"{name} differs" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         wrong += repeated((folder / "cut.log").read_text(encoding="utf-8").splitlines())
     print("\n".join([*wrong, f"in all: {2 * len(STAGES)} stops, {len(found)} files compared, {len(wrong)} wrong"]))
     return len(wrong)

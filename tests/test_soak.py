@@ -17,7 +17,7 @@ import torch
 from conftest import files_in, run_ipt
 
 import ipt
-from intrinsic_prompt_tuning import backbone
+from intrinsic_prompt_tuning import backbone, finding
 from intrinsic_prompt_tuning.files import read_file, sweep, write_bytes
 from intrinsic_prompt_tuning.passes import Budget
 
@@ -152,8 +152,9 @@ def test_pass_sizes_and_neighbours_change_rounding_alone(
     assert done.out == plain[1].out, "every score is the same"
 
 
-def test_scoring_goes_on_with_the_row_at_which_it_was_stopped(
-    plain: Any, shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damaged", [False, True])
+def test_scoring_goes_on_with_the_row_at_which_it_was_stopped_and_a_damaged_state_costs_only_itself(
+    plain: Any, shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     for name, content in plain[0].items():
         if "/scores/" not in name:
@@ -179,9 +180,34 @@ def test_scoring_goes_on_with_the_row_at_which_it_was_stopped(
     (state,) = tmp_path.glob("*/scores/*.unfinished")
     n_said = len(bytes(read_file(state)[2]["said"].tolist()).decode().split('", "'))
     assert 0 < n_said < 10
+    if damaged:
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
     assert run_ipt(*command).code == 0
     scores = [name for name in plain[0] if "/scores/" in name]
     asked = sum(read_file(path)[0]["stage"] != "one answer for all" for path in tmp_path.glob("*/scores/*"))
-    assert sum(answered) == 10 * asked, "no row is answered twice"
+    assert sum(answered) == 10 * asked + n_said * damaged, "no row is answered twice"
     left = files_in(tmp_path)
     assert {name: left.get(name) for name in scores} == {name: plain[0][name] for name in scores}
+
+
+def test_a_subspace_whose_state_is_damaged_begins_anew_and_the_one_beside_it_goes_on(
+    plain: Any, shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in plain[0].items():
+        if "/soft-prompts/" in name:
+            write_bytes(tmp_path / name, content)
+    taken, step = list[tuple[list[int], int]](), finding._fit_step
+
+    def counted(*arguments: Any) -> None:
+        taken.append(([space.dim for space in arguments[1].spaces], arguments[1].step))
+        if len(taken) == 100:
+            signal.raise_signal(signal.SIGINT)
+        step(*arguments)
+
+    monkeypatch.setattr(finding, "_fit_step", counted)
+    fit = ("fit-subspace", "--dim", 5, "--dim", 3, "--subspace-steps", 4, *shared_options, "--cache", tmp_path, "--processes", 1)
+    assert run_ipt(*fit).code == 130
+    next(tmp_path.glob("*/subspaces/5-*.unfinished")).write_bytes(b"half")
+    assert run_ipt(*fit).code == 0
+    assert taken[:100] == [([5, 3], n) for n in range(100)]
+    assert sorted(taken[100:]) == [([3], n) for n in range(99, 204)] + [([5], n) for n in range(204)]
