@@ -17,12 +17,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import yaml
+from rich.console import Console
 
 from intrinsic_prompt_tuning.adapters import export_prompts, import_prompt
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
@@ -393,16 +395,22 @@ def common(
 
 
 def stop(number: int, _: object) -> None:
-    """End as Ctrl-C does, which saves unfinished work."""
-    STOPPED_BY.append(signal.Signals(number))
-    raise KeyboardInterrupt
+    """Save unfinished work and end; what comes within five seconds is the same wish, which a launcher passes on."""
+    now = time.monotonic()
+    if not STOPPED_BY or now > min(STOPPED_BY.values()) + 5:
+        STOPPED_BY[number] = now
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
     # Two threads that wait by spinning are many times slower than one where another process wants a core, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    STOPPED_BY.clear()
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    # What is still to be written into a closed pipe goes nowhere, which is no mistake.
+    Console.on_broken_pipe = lambda c: os.dup2(os.open(os.devnull, os.O_WRONLY), c.file.fileno())  # type: ignore[assignment]
     try:
         app()
     except (IptError, OSError, UnicodeDecodeError) as error:  # also a path too long, a disk, an input in another encoding

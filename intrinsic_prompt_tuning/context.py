@@ -18,7 +18,7 @@ import yaml
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
 from intrinsic_prompt_tuning.errors import IptError, UnwritableError, nearest
-from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, user_cache, write_bytes
+from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.passes import Budget
@@ -186,6 +186,7 @@ class Context:
     @cached_property
     def store(self) -> Store:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
+        sweep(self.cache)
         name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def write_bytes(path: Path, content: bytes, option: str = "--cache") -> None:
     Raises:
         UnwritableError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -67,6 +68,15 @@ def write_bytes(path: Path, content: bytes, option: str = "--cache") -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process of this machine was writing when it was killed."""
+    for half in folder.rglob(f".*.{platform.node()}-*") if os.name == "posix" else ():
+        try:
+            os.kill(int(half.name.rpartition("-")[2]), 0)  # asks only whether it lives
+        except ProcessLookupError:
+            half.unlink(missing_ok=True)
 
 
 def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

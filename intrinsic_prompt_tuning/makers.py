@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Question = tuple[Result, "Tensor", Encoded]  # a score, its prompt, a test row
 
 
 def makers(x: Context) -> dict[str, Maker]:
@@ -71,32 +74,40 @@ def start_of(x: Context, result: Result, space: Space) -> Tensor:
     return seen.mean(0) + mix @ (seen - seen.mean(0))  # normal, with the seen vectors' mean and covariance
 
 
-def make_tuned(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
     """Tune soft prompts or intrinsic vectors: the one engine."""
-    header = results[0].header
-    is_prompt, config = results[0].kind == "soft-prompt", TuneConfig(**header["tuning"])
-    space = x.prompt_space if is_prompt else x.space(results[0].inputs[0][0])
-    jobs = {job_of(x, result, space): result for result in results}
-    done = 0
+    first, o = next(results), x.options
+    is_prompt, config = first.kind == "soft-prompt", TuneConfig(**first.header["tuning"])
+    space = x.prompt_space if is_prompt else x.space(first.inputs[0][0])
+    begun, done = dict[Job, Result](), 0
+
+    def begin() -> Iterator[Job]:
+        for result in itertools.chain((first,), results):
+            job = job_of(x, result, space)
+            begun[job] = result
+            yield job
 
     def on_step(table: JobTable) -> None:
-        snapshot = table.snapshot()
+        snapshot, own = table.snapshot(), dict(begun)
         steps = float(table.state["step"].sum()) + done * config.steps
-        after_step(lambda: {jobs[job]: state for job, state in snapshot().items()}, steps)
+        after_step(lambda: {own[job]: state for job, state in snapshot().items()}, steps)
 
     def on_validation(job: Job, figures: dict[str, float]) -> None:
-        about = {name: value for name, value in jobs[job].header.items() if name in ("kind", "task", "data_seed", "space", "dim")}
+        about = {
+            name: value for name, value in begun[job].header.items() if name in ("kind", "task", "data_seed", "space", "dim")
+        }
         x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
 
-    given = {"slots": x.options.slots, "decoding": header["decoding"], "on_step": on_step, "on_validation": on_validation}
-    for tuned in tune(x.backbone, space, jobs, config, **given):
+    for tuned in tune(
+        x.backbone, space, begin(), config, slots=o.slots, decoding=o.decoding, on_step=on_step, on_validation=on_validation
+    ):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
-        yield Made(jobs[tuned.job], tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
+        yield Made(begun.pop(tuned.job), tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
     x.remember_budgets()
 
 
-def make_subspaces(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
     """Find subspaces, side by side those of one collection and configuration that were stopped at the same step."""
     groups: dict[Any, list[tuple[Result, Mapping[str, Tensor]]]] = {}
     for result in results:
@@ -136,38 +147,66 @@ def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConf
     return Made(result, {"unit": space.unit}, space.weights)
 
 
-def make_scores(x: Context, results: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
-    """Score prompts on test rows, many prompts at a time."""
-    for start in range(0, len(results), 32):
-        some = results[start : start + 32]
-        answers = answers_of(x, [result for result in some if result.header["stage"] != "one answer for all"])
-        for result in some:
-            sample, metric = x.sample(result.header["task"], COLLECTION_SEED), result.header["metric"]
-            guesses = answers.get(result.name) or [_one_answer(sample, metric)] * len(sample.test)
-            yield Made(result, {"score": METRICS[metric](guesses, [e.answers for e in sample.test]), "n": len(sample.test)}, {})
-        after_step(dict, start + len(some))
+def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
+    """Score prompts on test rows, rows of many prompts at a time."""
+    said, done, more = dict[Result, list[str]](), 0, True
+    rows = _unanswered(x, results, said)
+    while more:
+        more = _answer_some(x, rows, said)
+        for score, answers in list(said.items()):
+            test = x.sample(score.header["task"], COLLECTION_SEED).test
+            if len(answers) == len(test):
+                value = METRICS[score.header["metric"]](answers, [e.answers for e in test])
+                yield Made(score, {"score": value, "n": len(test)}, {})
+                del said[score]
+                done += 1
+        after_step(lambda: {score: {"said": torch.tensor(list(json.dumps(said[score]).encode()))} for score in said}, done)
     x.remember_budgets()
 
 
-def answers_of(x: Context, results: Sequence[Result]) -> dict[str, list[str]]:
+def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[str]]) -> Iterator[Question]:
+    """Yield the test rows of scores that have no answer yet, each with its prompt; begin `said` with the answers there are."""
+    for score in scores:
+        task, stage = score.header["task"], score.header["stage"]
+        if stage == "one answer for all":
+            said[score] = _one_answer(x.sample(task, COLLECTION_SEED), score.header["metric"])
+            continue
+        state = x.store.unfinished(score)
+        said[score] = json.loads(bytes(state["said"].tolist())) if state else []
+        prompt = nearest_prompt(x, score) if stage == "nearest" else x.soft_prompt(score)
+        yield from ((score, prompt, row) for row in x.encoded(task, COLLECTION_SEED)[2][len(said[score]) :])
+
+
+def _answer_some(x: Context, rows: Iterator[Question], said: dict[Result, list[str]]) -> bool:
+    """Answer as many rows as fill four passes, so that rows of like length meet; tell whether there were any."""
+    piece, tokens = list[Question](), 4 * x.backbone.answer_budget.tokens
+    while tokens > 0 and (row := next(rows, None)):
+        piece.append(row)
+        tokens -= len(row[1]) + len(row[2])
+    for _, group in itertools.groupby(piece, key=lambda row: len(row[1])):
+        own = list(group)
+        prompts = {score: prompt for score, prompt, _ in own}
+        pairs = [(list(prompts).index(score), row) for score, _, row in own]
+        answers = x.backbone.answer(torch.stack(list(prompts.values())), pairs, decoding=x.options.decoding, losses=False)
+        for (score, *_), answer in zip(own, answers, strict=True):
+            said[score].append(answer.text)
+    return bool(piece)
+
+
+def answers_of(x: Context, scores: Iterable[Result]) -> dict[str, list[str]]:
     """Return what is answered to the test rows behind the prompts that scores are of, by the scores' names."""
-    found: dict[str, list[str]] = {}
-    for _, group in itertools.groupby(results, key=lambda result: result.header["stage"] == "no prompt"):
-        scores = list(group)
-        rows = [x.encoded(score.header["task"], COLLECTION_SEED)[2] for score in scores]
-        pairs = [(at, example) for at, examples in enumerate(rows) for example in examples]
-        prompts = torch.stack([(nearest_prompt(x, s) if s.header["stage"] == "nearest" else x.soft_prompt(s)) for s in scores])
-        answers = iter(x.backbone.answer(prompts, pairs, decoding=scores[0].header["decoding"], losses=False))
-        for score, examples in zip(scores, rows, strict=True):
-            found[score.name] = [answer.text for answer in itertools.islice(answers, len(examples))]
-    return found
+    said = dict[Result, list[str]]()
+    rows = _unanswered(x, iter(scores), said)
+    while _answer_some(x, rows, said):
+        pass
+    return {score.name: answers for score, answers in said.items()}
 
 
-def _one_answer(sample: Sample, metric: str) -> str:
-    """Return the training answer that, given to every row, scores best on the validation rows."""
+def _one_answer(sample: Sample, metric: str) -> list[str]:
+    """Return for every test row the training answer that, given to every row, scores best on the validation rows."""
     known = dict.fromkeys(example.answers[0] for example in sample.train)
     references = [example.answers for example in sample.validation]
-    return max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))
+    return [max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))] * len(sample.test)
 
 
 def nearest_prompt(x: Context, score: Result) -> Tensor:

@@ -8,6 +8,7 @@ processes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import os
 import platform
@@ -287,8 +288,8 @@ AfterStep = Callable[[Snapshot, float], None]
 class Maker:
     """How results of one kind are made."""
 
-    make: Callable[[Sequence[Result], AfterStep], Iterator[Made]]
-    """Yields each result as it is done."""
+    make: Callable[[Iterator[Result], AfterStep], Iterator[Made]]
+    """Takes results as it begins them, which claims them one by one, and yields each as it is done."""
     total: Callable[[Sequence[Result]], float]
     """How much there is to do, in the measure that `AfterStep` is told."""
 
@@ -362,23 +363,33 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
     # A share depends on names and costs, not on what is missing: ranks need not agree, and share alike after an interruption.
     share, waits = [stage[n] for n in own_share([3 * r.cost.trained + r.cost.answered for r in stage])], False
     while missing := store.missing(stage):
-        free = store.claims.take([result.name for result in _next(store, share)])
+        todo, begun = _next(store, share), set[str]()
+        own = _claimed(store, todo, begun)
         try:
-            # Another process may just have made some.
-            own = [result for result in _next(store, share) if result.name in set(free)]
-            if own:
-                with report.progress(label(stage), maker.total(own)) as advance, saving(store, advance) as after_step:
-                    for made in maker.make(own, after_step):
+            if first := next(own, None):
+                with report.progress(label(stage), maker.total(todo)) as advance, saving(store, advance) as after_step:
+                    for made in maker.make(itertools.chain((first,), own), after_step):
                         store.save(made)
                         report.log("made", file=str(store.path(made.result)), **made.record)
+                        begun.discard(made.result.name)
         finally:
             store.claims.give_back()
-        if not own and share == stage:
+        if not first and share == stage:
             if not waits and n_ranks() == 1:
                 report.say(f"waiting for another process, which makes {len(missing)} {label(stage)}")
             waits = True
             time.sleep(0.2)
-        share = share if own and _next(store, share) else list(stage)
+        share = share if first and _next(store, share) else list(stage)
+
+
+def _claimed(store: Store, results: Iterable[Result], begun: set[str]) -> Iterator[Result]:
+    """Claim results as they are asked for, so that another process can have those that nobody has begun."""
+    for result in results:
+        # Another process may just have made it, and have given its claim back.
+        if not store.path(result).exists() and result.name in store.claims.take([*begun, result.name]):
+            begun.add(result.name)
+            if not store.path(result).exists():
+                yield result
 
 
 def _next(store: Store, results: Sequence[Result]) -> list[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +25,8 @@ from intrinsic_prompt_tuning.results import Reporter, duration
 from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.tasks.checks import read_mapping
 
-STOPPED_BY = [signal.SIGINT]
-"""The signals that have asked for an end; the last one tells the exit code."""
+STOPPED_BY: dict[int, float] = {}
+"""The signals that have asked for an end, and when they came; the first tells the exit code."""
 stderr = Console(stderr=True, highlight=False)
 
 
@@ -35,9 +34,14 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def echo(text: str = "") -> None:
-    """Print a line of results on stdout, once for all ranks."""
+    """Print a line of results on stdout, once for all ranks; end when its reader, such as `head`, has had enough."""
     if rank() == 0:
-        sys.stdout.write(f"{text}\n")
+        try:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            Console().on_broken_pipe()
+            raise SystemExit(0) from None
 
 
 class Terminal(Reporter):
@@ -207,7 +211,10 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
             small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
             count = values.pop("processes", None) or n_processes(small)
             if in_processes and n_ranks() == 1 and count > 1:
-                code, told = run_in_processes([sys.executable, inspect.getfile(command), *sys.argv[1:]], count)
+                try:
+                    code, told = run_in_processes([sys.executable, inspect.getfile(command), *sys.argv[1:]], count)
+                except KeyboardInterrupt:  # the first of them says how to go on
+                    raise SystemExit(128 + next(iter(STOPPED_BY))) from None
                 sys.stderr.write(told)
                 raise SystemExit(code)
             if values.get("quick"):
@@ -221,7 +228,7 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
                 keep_options(x, context, values)
             except KeyboardInterrupt:
                 terminal.say("stopped: what is done is kept, and the same command goes on from here")
-                raise SystemExit(128 + STOPPED_BY[-1]) from None
+                raise SystemExit(128 + next(iter(STOPPED_BY))) from None
 
         parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -335,9 +336,9 @@ class Bakery:
     def makers(self) -> dict[str, Maker]:
         return {"roll": Maker(self.bake, lambda rolls: 4.0 * len(rolls)), "pie": Maker(self.fill, len)}
 
-    def bake(self, rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
-        for start in range(0, len(rolls), 2):
-            some = {r: int(self.store.unfinished(r).get("step", torch.tensor(0))) for r in rolls[start : start + 2]}
+    def bake(self, rolls: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
+        while begun := list(itertools.islice(rolls, 2)):
+            some = {r: int(self.store.unfinished(r).get("step", torch.tensor(0))) for r in begun}
             while some:
                 for roll in some:
                     if len(self.steps) == self.stop_at:
@@ -351,7 +352,7 @@ class Bakery:
                 states = {roll: {"step": torch.tensor(float(step))} for roll, step in some.items()}
                 after_step(lambda states=states: states, len(self.steps))
 
-    def fill(self, pies: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+    def fill(self, pies: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
         for pie in pies:
             dough = [self.store.best(choice)[2]["dough"] for choice in pie.inputs]
             self.made.append(pie.header["task"])
@@ -452,8 +453,8 @@ def test_with_a_pace_only_the_plan_is_told_and_nothing_made(store: Store) -> Non
 
 
 def test_what_was_done_before_a_mistake_is_kept_and_claimed_no_more(store: Store) -> None:
-    def work(rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
-        yield Made(rolls[0], {}, {})
+    def work(rolls: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
+        yield Made(next(rolls), {}, {})
         raise IptError("no more flour")
 
     with pytest.raises(IptError, match="no more flour"):
@@ -605,7 +606,7 @@ def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
     second = Result(roll("ann", rate=2).header, cost=first.cost, instead_of=(first,))
     made: list[int] = []
 
-    def work(rolls: Sequence[Result], after_step: AfterStep) -> Iterator[Made]:
+    def work(rolls: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
         for one in rolls:
             made.append(one.header["rate"])
             yield Made(one, {"validation": solved}, {})
@@ -680,7 +681,8 @@ def test_a_killed_process_s_work_is_taken_over(store: Store, tmp_path: Path) -> 
         second = python(WORKER, store.folder, log, 0, "")
         assert second.stdout
         assert second.stdout.readline().startswith("plan: 5 rolls to make, 3 made before")
-        assert second.stdout.readline() == "waiting for another process, which makes 5 rolls\n"
+        assert second.stdout.readline() == "waiting for another process, which makes 1 rolls\n"
+        assert log.read_text(encoding="utf-8").count("end") == 7, "what the first has not begun is not waited for"
         assert second.poll() is None
     finally:
         first.kill()
