@@ -22,9 +22,9 @@ from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, FewShotFiles
 
 PLACE = re.compile(
     r"(?:samples/[^/]+-[0-9a-f]{16}/[^/]+|commands|[^/]+-[0-9a-f]{8}/(?:soft-prompts|subspaces|intrinsic-vectors|scores|claims|budgets))/"
-    r"\.?[^/]+?(?:-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|\.yaml|-\d+)(\.\d+)?"
+    r"\.?[^/]+?(?:-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|\.checksum|\.yaml|-\d+)(\.(?:[^/]*-)?\d+)?"
 )
-"""Where below the cache its files are; the rest is nothing of ipt's. A temporary name ends in the number of its process."""
+"""Where below the cache its files are; the rest is nothing of ipt's. A temporary name ends in its machine and process."""
 
 
 def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:

@@ -768,7 +768,7 @@ def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, 
     ("content", "told"),
     [
         ("stepz: 4", "there is no option --stepz; did you mean '--steps'"),
-        ("collect: {dim: 4}", "there is no option --dim"),
+        ("collect: {alpha: 4}", "there is no option --alpha"),
         ("- steps", "expected a mapping, got a list"),
         ("steps: [", "is not readable as YAML"),
         (None, "there is no file"),

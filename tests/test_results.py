@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -751,7 +752,7 @@ def test_nothing_is_written_through_a_link_in_the_cache(store: Store, tmp_path: 
     outside.write_text("precious", encoding="utf-8")
     one = result()
     path, claimed = store.path(one), store.claims.path
-    for link in (path, path.with_name(f".{path.name}.{os.getpid()}"), path.with_suffix(".unfinished"), claimed):
+    for link in (path, path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}"), path.with_suffix(".unfinished"), claimed):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(outside)
     assert store.unfinished(one) == {}
