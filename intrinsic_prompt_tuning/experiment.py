@@ -20,7 +20,8 @@ from intrinsic_prompt_tuning.tasks.checks import check
 from intrinsic_prompt_tuning.tuning import measure_pace
 
 LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
-TUNED: Any = {"task": str, "data_seed": int, "metric": str, "data": str, "tuning": dict[str, Any], "learning_rate": int | float}
+ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
+TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
 VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
 SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any]}
 FIELDS = {"soft-prompt": TUNED, "intrinsic-vector": TUNED | VECTOR, "subspace": SUBSPACE}
@@ -185,7 +186,8 @@ class Experiment(Context):
         for result in results:
             path = str(self.store.path(result))
             try:
-                for name, hint in FIELDS[kind].items():
+                needed = ABOUT | {"imported": str} if "imported" in result.header else FIELDS[kind]
+                for name, hint in needed.items():
                     check(result.header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
             except IptError as error:
                 self.leave_out({path: str(error)})

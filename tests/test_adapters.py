@@ -76,7 +76,9 @@ def places(
                 if causal
                 else {"t5": t5_folder, "bart": bart_folder}[family]
             )
-            known[family] = Place(shared_options, folder, tmp_path_factory.mktemp("cache"))
+            # A causal model's prompt stands behind the input by default, where PEFT has none.
+            options = [*shared_options, *(("--prompt-at", "front") if causal else ())]
+            known[family] = Place(options, folder, tmp_path_factory.mktemp("cache"))
             known[family].good("collect", *SHORT)
             known[family].good("fit-subspace", "--dim", 4, "--subspace-steps", 2)
             known[family].good("tune", "--dim", 4, *SHORT, "--task", TASK)
