@@ -37,7 +37,8 @@ class Place:
 
     def __init__(self, shared: Sequence[object], folder: Path, cache: Path, *more: object) -> None:
         self.cache, self.folder = cache, folder
-        self.options = [*shared, "--backbone", folder, "--cache", cache, *more]
+        # By default a causal model's prompt stands behind the input, where PEFT has none.
+        self.options = [*shared, "--backbone", folder, "--cache", cache, "--prompt-at", "front", *more]
 
     def __call__(self, command: str, *arguments: object) -> Result:
         return run_ipt(command, *self.options, *arguments)
@@ -76,9 +77,7 @@ def places(
                 if causal
                 else {"t5": t5_folder, "bart": bart_folder}[family]
             )
-            # A causal model's prompt stands behind the input by default, where PEFT has none.
-            options = [*shared_options, *(("--prompt-at", "front") if causal else ())]
-            known[family] = Place(options, folder, tmp_path_factory.mktemp("cache"))
+            known[family] = Place(shared_options, folder, tmp_path_factory.mktemp("cache"))
             known[family].good("collect", *SHORT)
             known[family].good("fit-subspace", "--dim", 4, "--subspace-steps", 2)
             known[family].good("tune", "--dim", 4, *SHORT, "--task", TASK)
@@ -150,11 +149,14 @@ def test_peft_loads_an_export_without_a_warning_and_its_logits_are_ours(
 ) -> None:
     place = places(family)
     place.good("export", "--task", TASK, "--from", source, "--out", tmp_path / "adapter")
-    model, backbone = loaded_quietly(place, tmp_path / "adapter"), load_backbone(str(place.folder), device="cpu")
+    model, backbone = (
+        loaded_quietly(place, tmp_path / "adapter"),
+        load_backbone(str(place.folder), device="cpu", prompt_at="front"),
+    )
     prompt = model.get_prompt_embedding_to_save("default")
     (row,) = backbone.encode([Example("the glad fox sees one cups", ("two three",))], prompt_length=3)
     theirs, ours = peft_logits(model, row), our_logits(backbone, prompt, row)
-    if family in ("gpt2", "llama"):  # our path goes on from the input's keys and values, so sums are taken in another order
+    if family in ("gpt2", "llama"):  # our path sends fewer positions to the vocabulary, so sums are taken in another order
         assert torch.equal(theirs, plain_logits(backbone, prompt, row, row.target_ids))
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     else:
@@ -184,7 +186,7 @@ def test_a_card_tells_what_it_is_and_its_code_answers_as_we_do(
     text = "the glad fox sees one cups on monday"
     exec(compile(code.replace("the input", text), "README.md", "exec"), {})
     said = capsys.readouterr().out.strip()
-    backbone = load_backbone(str(place.folder), device="cpu")
+    backbone = load_backbone(str(place.folder), device="cpu", prompt_at="front")
     limit = int(re.findall(r'"max_new_tokens": (\d+)', code)[0])
     (row,) = backbone.encode([Example(text, ("x",))], prompt_length=3, answer_limit=limit)
     (prompt,) = [found["prompt"] for found in place.prompts().values()]
@@ -287,7 +289,7 @@ def test_an_adapter_that_peft_made_computes_the_same_here(
     model = made_by_peft(place, tmp_path / "a", KINDS[kind]("CAUSAL_LM" if family in ("gpt2", "llama") else "SEQ_2_SEQ_LM"))
     place.good("import", tmp_path / "a", "--task", TASK)
     (found,) = place.prompts().values()
-    backbone = load_backbone(str(place.folder), device="cpu")
+    backbone = load_backbone(str(place.folder), device="cpu", prompt_at="front")
     (row,) = backbone.encode([Example("the glad fox sees one cups", ("two",))], prompt_length=3)
     torch.testing.assert_close(peft_logits(model, row), our_logits(backbone, found["prompt"], row), rtol=1e-5, atol=1e-6)
 
