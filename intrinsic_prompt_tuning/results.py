@@ -195,10 +195,10 @@ class Store:
 
     def missing(self, results: Iterable[Result]) -> list[Result]:
         """Return which are needed and not there yet, each once."""
-        absent = (result for result in {r.name: r for r in results}.values() if not self._is_there(result))
+        absent = (result for result in {r.name: r for r in results}.values() if not self.is_there(result))
         return [result for result in absent if not any(self.is_solved(other) for other in result.instead_of)]
 
-    def _is_there(self, result: Result) -> bool:
+    def is_there(self, result: Result) -> bool:
         """Tell whether a file is there; a damaged score is not, as it costs little to make it anew."""
         if result.kind != "score" or result.name in self._whole:
             return self.path(result).exists()
@@ -386,9 +386,9 @@ def _claimed(store: Store, results: Iterable[Result], begun: set[str]) -> Iterat
     """Claim results as they are asked for, so that another process can have those that nobody has begun."""
     for result in results:
         # Another process may just have made it, and have given its claim back.
-        if not store.path(result).exists() and result.name in store.claims.take([*begun, result.name]):
+        if not store.is_there(result) and result.name in store.claims.take([*begun, result.name]):
             begun.add(result.name)
-            if not store.path(result).exists():
+            if not store.is_there(result):
                 yield result
 
 
