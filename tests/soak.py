@@ -174,7 +174,7 @@ def killed_at_random(begin: Callable[[int], int], log: Path, processes: int, rng
     """Start processes, kill each or all but one at random moments; return how many were killed, and whether all have finished."""
     size, since = log.stat().st_size, time.monotonic()
     running, kills, good = {begin(rank) for rank in range(processes)}, 0, True
-    spared = rng.choice(sorted(running)) if processes > 1 and rng.random() < 0.2 else None  # it does all of the rest
+    spared = rng.choice(sorted(running)) if processes > 1 and rng.random() < 0.1 else None  # it does all of the rest
     # Most after some of the work (bytes of the log), so that each gets somewhere however busy the machine is; some on the way to it.
     wanted = {pid: rng.choice((0, 2000, 4000)) * rng.random() for pid in sorted(running) if pid != spared}
     if rng.random() < 0.5:  # all at once, as when a machine goes down
@@ -377,8 +377,8 @@ def jobs(count: int) -> int:
         )
         x = Experiment(options, tuning.TuneConfig(steps=2, batch_size=2, evaluations=1))
         prompts = [choice[0] for choice in x.soft_prompts(x.roles).values()]
-        wanted = [
-            results.Result({**prompt.header, "repeat": n}, cost=prompt.cost) for n in range(count // 4) for prompt in prompts
+        wanted = [results.Result({**prompt.header, "repeat": n}, cost=prompt.cost) for n in range(count) for prompt in prompts][
+            :count
         ]
         done, since = list[str](), [time.process_time()]
         x.make(wanted)
