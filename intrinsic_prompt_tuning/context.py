@@ -129,8 +129,8 @@ class Context:
         self.tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
-        self.made = 0
-        """How many results have been made."""
+        self.told: tuple[str, Mapping[str, Any]] | None = None
+        """The command that this is for, and all its options."""
         known, own = load_tasks(options.tasks_file), dict[str, Task]()
         if options.data and has_few_shot_files(options.data):
             known = find_few_shot_tasks(options.data, known)
@@ -164,10 +164,11 @@ class Context:
         groups = (self.options, self.tuning, self.fitting, self.rates)
         return {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
 
-    def keep_options(self, command: str, options: Mapping[str, Any]) -> None:
-        """Write the file of options that reproduces a command, if the command has made anything."""
-        if self.made:
-            plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    def keep_options(self) -> None:
+        """Write the file of options that reproduces the command, once."""
+        if self.told:
+            (command, options), self.told = self.told, None
+            plain = json.loads(json.dumps(options, default=str))
             text = f"# {versions()}\n# ipt {command} --config THIS_FILE\n{yaml.safe_dump({command: plain})}"
             write_bytes(self.cache / "commands" / f"{command}-{digest(plain)[:8]}.yaml", text.encode())
 
@@ -189,6 +190,7 @@ class Context:
         sweep(self.cache)
         name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
+        store.before_save = self.keep_options  # so that a killed command has left them beside its first result
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
             self.backbone.budget, self.backbone.answer_budget = (Budget(int(tokens), float(most)) for tokens, most in numbers)

@@ -164,7 +164,7 @@ class Experiment(Context):
 
     def make(self, results: Iterable[Result], *, dry_run: bool = False) -> None:
         """Make what the cache lacks of some results, or only tell what that takes, measuring a few steps."""
-        self.made += make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
+        make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
 
     def _pace(self, results: Sequence[Result]) -> tuple[float, float]:
         """Return seconds per row trained and per row answered, measured once on at most 16 tasks of results."""

@@ -90,26 +90,28 @@ class SubspaceFits:
         self._updating = False
 
     def states(self) -> list[dict[str, Tensor]]:
-        """Return, of each subspace, the step and by `layer name` weights and optimiser states: all that a checkpoint needs.
+        """Return, of each subspace, step, losses and by `layer name` weights and optimiser states: all that a checkpoint needs.
 
         Nothing in the middle of an update, where an interruption may ask.
         """
         if self._updating or not self.step:
             return []
         return [
-            {"step": torch.tensor(float(self.step))}
+            {"step": torch.tensor(float(self.step)), "lm_loss": lm, "unexplained": error}
             | {
                 f"{layer} {name}": tensor
                 for layer, weight in space.weights.items()
                 for name, tensor in ({"weight": weight.detach()} | optimizer.state[weight]).items()
                 if name != "step"
             }
-            for space, optimizer in zip(self.spaces, self.optimizers, strict=True)
+            for space, optimizer, lm, error in zip(self.spaces, self.optimizers, self.lm_losses, self.unexplained, strict=True)
         ]
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from states, all of one step."""
-        self.step = int(states[0]["step"])
+        self.step, unknown = int(states[0]["step"]), torch.tensor(math.nan)
+        self.lm_losses = torch.stack([state.get("lm_loss", unknown) for state in states])
+        self.unexplained = torch.stack([state.get("unexplained", unknown) for state in states])
         for space, optimizer, state in zip(self.spaces, self.optimizers, states, strict=True):
             for layer, weight in space.weights.items():
                 own = {key.partition(" ")[2]: t.to(weight) for key, t in state.items() if key.partition(" ")[0] == layer}

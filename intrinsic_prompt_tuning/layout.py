@@ -34,7 +34,7 @@ class Layout:
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as text."""
-        return list(self.tokenizer.batch_decode(written, skip_special_tokens=True))
+        return list(self.tokenizer.batch_decode(written, skip_special_tokens=True)) if written else []
 
     @property
     def closing(self) -> int:

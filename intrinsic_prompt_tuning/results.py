@@ -186,6 +186,7 @@ class Store:
         """Look into `folder`, for files of the backbone with this fingerprint."""
         self.folder, self.fingerprint = folder, fingerprint
         self.claims = Claims(folder / "claims")
+        self.before_save: Callable[[], None] = lambda: None
         self._solved, self._whole = dict[str, bool](), set[str]()
 
     def path(self, result: Result) -> Path:
@@ -215,6 +216,7 @@ class Store:
 
     def save(self, made: Made) -> None:
         """Write a file as a whole, and forget the state on the way to it."""
+        self.before_save()
         path = self.path(made.result)
         write_file(path, made.result.header, made.record, made.tensors)
         path.with_suffix(UNFINISHED).unlink(missing_ok=True)
@@ -297,7 +299,7 @@ class Maker:
 def make(
     store: Store, results: Iterable[Result], makers: Mapping[str, Maker], report: Reporter,
     *, pace: Callable[[Sequence[Result]], tuple[float, float]] | None = None,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Make what the cache lacks, stage by stage; with a pace, only tell what that takes.
 
     Processes share the results of a stage, and go on to the next when all are there, whoever made them.
@@ -308,11 +310,8 @@ def make(
         makers: kind -> how its results are made, in the order in which they are.
         report: told of plans and progress.
         pace: returns seconds per row trained and per row answered, of such results.
-
-    Returns:
-        How many were missing and are made now.
     """
-    seconds, count = 0.0, 0
+    seconds = 0.0
     for stage in stages(results, list(makers)):
         missing = store.missing(stage)
         text, needed = plan(stage, missing, pace)
@@ -320,10 +319,8 @@ def make(
         seconds += needed
         if pace is None and missing:
             _make_stage(store, stage, makers[stage[0].kind], report)
-            count += len(missing)
     if seconds:
         report.say(f"plan: all of it, if no job ends early; {duration(seconds)}")
-    return count
 
 
 def stages(results: Iterable[Result], kinds: Sequence[str]) -> list[list[Result]]:

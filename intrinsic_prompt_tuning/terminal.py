@@ -175,13 +175,12 @@ MANNERS: dict[str, Any] = {
 """What every command has."""
 
 
-def keep_options(x: Experiment, context: typer.Context, given: Mapping[str, Any]) -> None:
-    """Write all that a command was told, defaults among it, beside what it made: `--config` takes that file."""
-    if rank() == 0:
-        left_out = {*MANNERS, "cache", "processes", "help"}
-        flags = {str(p.name): p.opts[0][2:] for p in context.command.params if p.name not in left_out}
-        settled = x.settings() | {name: value for name, value in given.items() if value is not None}
-        x.keep_options(str(context.info_name), {flag: settled[name] for name, flag in flags.items() if name in settled})
+def options_of(x: Experiment, context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a command was told, defaults among it, by the names that `--config` takes."""
+    left_out = {*MANNERS, "cache", "processes", "help"}
+    flags = {str(p.name): p.opts[0][2:] for p in context.command.params if p.name not in left_out}
+    settled = x.settings() | {name: value for name, value in given.items() if value is not None}
+    return {flag: settled[name] for name, flag in flags.items() if name in settled}
 
 
 def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -224,8 +223,8 @@ def with_options(*groups: type, in_processes: bool = True) -> Callable[[Callable
             terminal = Terminal(quiet=bool(values["quiet"]), verbose=bool(values["verbose"]), log=values["log"])
             try:
                 x = Experiment.of(values, terminal)
+                x.told = str(context.info_name), options_of(x, context, values)
                 command(x, **{name: values[name] for name in own})
-                keep_options(x, context, values)
             except KeyboardInterrupt:
                 terminal.say("stopped: what is done is kept, and the same command goes on from here")
                 raise SystemExit(128 + next(iter(STOPPED_BY))) from None

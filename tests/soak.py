@@ -3,6 +3,7 @@
     python tests/soak.py kill --kills 30                  # SIGKILL at random moments, one process
     python tests/soak.py kill --kills 1000 --processes 2  # two that share the work: both are killed, or one while the other goes on
     python tests/soak.py stop                             # SIGINT and SIGTERM in every stage, and closed pipes
+    python tests/soak.py alike                            # how far scores depend on neighbours, pass sizes, processes
     python tests/soak.py jobs --count 10000               # memory, open files and time per job of a long run
 
 `kill`: `ipt run` on three of the testbed's tasks, a few steps each, is killed at random moments and started again until it has
@@ -28,7 +29,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from intrinsic_prompt_tuning import backbone, finding, load_backbone, load_tasks
 from intrinsic_prompt_tuning.context import Options
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.passes import Budget, first_budgets
 from intrinsic_prompt_tuning.tasks import TASKS_FILE
 
 SPLIT = "{seen: [day-next, object-small], unseen: [not-subject-person-and-object-small]}"
@@ -174,7 +175,7 @@ def killed_at_random(begin: Callable[[int], int], log: Path, processes: int, rng
     """Start processes, kill each or all but one at random moments; return how many were killed, and whether all have finished."""
     size, since = log.stat().st_size, time.monotonic()
     running, kills, good = {begin(rank) for rank in range(processes)}, 0, True
-    spared = rng.choice(sorted(running)) if processes > 1 and rng.random() < 0.2 else None  # it does all of the rest
+    spared = rng.choice(sorted(running)) if processes > 1 and rng.random() < 0.1 else None  # it does all of the rest
     # Most after some of the work (bytes of the log), so that each gets somewhere however busy the machine is; some on the way to it.
     wanted = {pid: rng.choice((0, 2000, 4000)) * rng.random() for pid in sorted(running) if pid != spared}
     if rng.random() < 0.5:  # all at once, as when a machine goes down
@@ -348,6 +349,43 @@ def stops() -> int:
     return len(wrong)
 
 
+# --- The same scores? ----------------------------------------------------------------------------
+
+ALIKE = {
+    "again": ((), None, 1),
+    "4 slots": (("--slots", "4"), None, 1),
+    "small passes": ((), (300, 500), 1),
+    "large passes": ((), (4096, 8192), 1),
+    "two processes": ((), None, 2),
+}
+
+
+def alike() -> int:
+    """Run `ipt run --quick` with other neighbours, pass sizes and processes, and tell how far its scores differ; that it is the same again."""
+
+    def scores(
+        cache: Path, more: Sequence[str] = (), budgets: tuple[int, int] | None = None, processes: int = 1
+    ) -> dict[str, float]:
+        def prepare() -> None:
+            sys.argv = ["ipt", "run", "--quick", "--processes", "1", "--cache", str(cache), *more]
+            backbone.first_budgets = first_budgets if budgets is None else lambda device: (Budget(budgets[0]), Budget(budgets[1]))
+
+        log = cache.with_suffix(".log")
+        ranks = [start(cache, log, 16, 30, rank, processes, prepare) for rank in range(processes)]
+        assert not any([os.waitpid(pid, 0)[1] for pid in ranks]), log.with_suffix(".err").read_text(encoding="utf-8")  # noqa: C419 (all are waited for)
+        return {path.name: read_file(path)[1]["score"] for path in cache.glob("*/scores/*.safetensors")}
+
+    with tempfile.TemporaryDirectory() as name:
+        plain, wrong = scores(Path(name) / "plain"), 0
+        for number, (what, varied) in enumerate(ALIKE.items()):
+            found = scores(Path(name) / f"{number}", *varied)
+            differences = [abs(found[score] - plain[score]) for score in plain]
+            equal, mean = sum(one == 0 for one in differences), sum(differences) / len(plain)
+            print(f"{what}: {equal} of {len(plain)} scores are the same, mean difference {mean:.3f}", flush=True)
+            wrong += found.keys() != plain.keys() or (what == "again" and found != plain)
+    return wrong
+
+
 # --- Many jobs -----------------------------------------------------------------------------------
 
 
@@ -377,8 +415,8 @@ def jobs(count: int) -> int:
         )
         x = Experiment(options, tuning.TuneConfig(steps=2, batch_size=2, evaluations=1))
         prompts = [choice[0] for choice in x.soft_prompts(x.roles).values()]
-        wanted = [
-            results.Result({**prompt.header, "repeat": n}, cost=prompt.cost) for n in range(count // 4) for prompt in prompts
+        wanted = [results.Result({**prompt.header, "repeat": n}, cost=prompt.cost) for n in range(count) for prompt in prompts][
+            :count
         ]
         done, since = list[str](), [time.process_time()]
         x.make(wanted)
@@ -391,7 +429,7 @@ def jobs(count: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill", "stop", "jobs"])
+    parser.add_argument("what", choices=["kill", "stop", "jobs", "alike"])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--processes", type=int, default=1)
@@ -404,6 +442,7 @@ def main() -> None:
     attacks = {
         "kill": lambda: kill(arguments.kills, arguments.processes, arguments.slots, arguments.seed),
         "stop": stops,
+        "alike": alike,
         "jobs": lambda: jobs(arguments.count),
     }
     raise SystemExit(bool(attacks[arguments.what]()))

@@ -570,7 +570,7 @@ def prompts_of(files: dict[str, bytes]) -> set[bytes]:
     return {prompt.numpy().tobytes() for prompt in prompts}
 
 
-@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("call", range(1, 9))
 def test_ctrl_c_while_a_file_is_written_loses_no_other_file_and_leaves_no_half_of_one(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes], call: int
 ) -> None:
@@ -579,7 +579,7 @@ def test_ctrl_c_while_a_file_is_written_loses_no_other_file_and_leaves_no_half_o
     assert cli("collect", *SHORT, "--slots", 3).code != 0
     undo(monkeypatch, tmp_path)
     prompts = list((tmp_path / "cache").glob("*/soft-prompts/*.safetensors"))
-    assert len(prompts) == call - 1
+    assert len(prompts) == max(0, call - 2), "before the prompts stands the file of options"
     for path in prompts:
         read_file(path)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.startswith(".")]

@@ -192,7 +192,7 @@ def test_fitting_depends_on_the_seed_alone(t5: Backbone, tasks: dict[str, Task])
 # --- Interruptions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [30, 70])
+@pytest.mark.parametrize("at", [30, 70, 80])
 def test_fits_that_were_stopped_go_on_from_their_states_to_the_same_subspaces(
     t5: Backbone, tasks: dict[str, Task], at: int
 ) -> None:

@@ -39,7 +39,7 @@ def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFact
 
     wide = ("--dim", 6, "--dim", 4)
     for command in (
-        ("collect", *SHORT), ("fit-subspace", *wide, "--subspace-steps", 3), ("tune", *SHORT, *wide, "--seen", "--data-seed", 21),
+        ("collect", "--steps", 60, "--learning-rate", 0.3), ("fit-subspace", *wide, "--subspace-steps", 3), ("tune", *SHORT, *wide, "--seen", "--data-seed", 21),
         ("tune", *SHORT, *wide, "--unseen"), ("tune", *SHORT, *wide, "--unseen", "--space", "random"),
         ("fit-subspace", "--split", fewer, "--dim", 4, "--subspace-steps", 3),
     ):  # fmt: skip

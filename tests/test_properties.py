@@ -319,9 +319,12 @@ def test_any_few_shot_file_that_others_write_is_rows_of_text_or_refused_by_name(
 
 @others_write
 @given(line=row_bytes)
-def test_any_input_line_that_others_write_is_text_or_refused_with_its_number(line: bytes) -> None:
-    found, refused = read_or_refused(lambda: parse_input("line 3", line.decode(errors="ignore")))
-    assert refused.startswith("line 3: expected text") or "".join([*found[:2], *found[2]]).encode() is not None
+def test_any_input_line_that_others_write_is_text_or_refused(tasks: dict[str, Task], line: bytes) -> None:
+    found, refused = read_or_refused(lambda: parse_input(tasks, "mood-good", line.decode(errors="ignore")))
+    if found:
+        assert found[0] in tasks and "".join([found[1].input, *found[1].options]).encode() is not None
+    else:
+        assert refused.startswith("expected text") or refused.endswith("was not named with --task")
 
 
 @given(text=st.text(max_size=60))

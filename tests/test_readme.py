@@ -43,7 +43,9 @@ def test_the_readme_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_readme_has_these_options(command: str) -> None:
+def test_a_command_of_the_readme_has_these_options(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.txt").touch()  # what one of them reads
     name, *arguments = shlex.split(command)
     parser = typer.main.get_command(ipt.app).commands[name]  # type: ignore[attr-defined]
     parser.make_context(name, list(arguments))
@@ -57,7 +59,7 @@ def test_ipt_run_runs_on_the_testbed(tmp_path: Path) -> None:
 
 
 def test_the_readme_s_own_task_is_shown_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (row,) = re.findall(r"```yaml\n(tasks:.*?)```", README, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(row, encoding="utf-8")
     for name, count in (("train", 70), ("test", 10)):
         lines = [f"title {n},body {n},{n % 2}" for n in range(count)]

@@ -37,8 +37,8 @@ def test_runs_that_are_killed_at_random_moments_leave_the_files_of_an_undisturbe
 
 
 def test_two_processes_that_are_killed_together_or_one_of_them_leave_the_same_files_too() -> None:
-    told = soak("kill", "--kills", 6, "--processes", 2)
-    assert re.fullmatch(r"in all: [67] kills in \d+ runs of 2 processes, \d+ files compared, 0 wrong", told)
+    told = soak("kill", "--kills", 4, "--processes", 2)
+    assert re.fullmatch(r"in all: [45] kills in \d+ runs of 2 processes, \d+ files compared, 0 wrong", told)
 
 
 def test_a_stop_in_any_stage_says_how_to_go_on_and_loses_nothing() -> None:
@@ -49,7 +49,7 @@ def test_memory_open_files_and_time_per_job_stay_flat() -> None:
     assert soak("jobs", "--count", 320) == "320 made, 0 files left over, flat"
 
 
-@pytest.mark.parametrize("command", ["tasks", "tasks --show day-next", "run --help", "--version"])
+@pytest.mark.parametrize("command", ["tasks", "run --help", "--version"])
 def test_a_closed_pipe_is_no_error(command: str) -> None:
     reader = subprocess.Popen(["head", "-c", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     program = [sys.executable, ipt.__file__, *command.split()]
@@ -76,7 +76,7 @@ def test_processes_of_one_command_that_are_stopped_save_what_is_under_way_and_sa
         while len(list(tmp_path.glob("*/claims/*"))) < 2:
             assert process.poll() is None
             time.sleep(0.1)
-        time.sleep(2)
+        time.sleep(1)
         begin = time.monotonic()
         os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
         _, told = process.communicate(timeout=60)
