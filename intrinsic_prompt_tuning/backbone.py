@@ -47,6 +47,10 @@ class Encoded:
         """Return the tokens that a pass over this row holds."""
         return len(self.input_ids) + len(self.target_ids)
 
+    def widths(self, prompt_length: int) -> tuple[int, int]:
+        """Return the tokens of prompt and input, and of the answer."""
+        return prompt_length + len(self.input_ids), len(self.target_ids)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -257,7 +261,7 @@ class Backbone:
                 answers[n] = Answer(said[i], loss_of[i, target] / len(target) if losses else math.nan, scored.get(i, ()))
 
         with torch.inference_mode():
-            self.answer_budget.in_passes([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+            self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
 
     def losses(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]]) -> list[float]:
@@ -272,16 +276,19 @@ class Backbone:
                 found[n] = total / len(example.target_ids)
 
         with torch.inference_mode():
-            self.answer_budget.in_passes([soft_prompts.shape[1] + len(e) for _, e in rows], work)
+            self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
         return found
 
     def _text_losses(self, begun: Any, texts: Sequence[tuple[int, tuple[int, ...]]], width: int) -> list[float]:
         """Return the losses of (row, text), in pieces: each text brings a copy of its row's states, so many tokens wide."""
-        losses: list[float] = []
+        losses = [0.0] * len(texts)
         size = max(1, 4 * self.answer_budget.tokens // width)
-        for start in range(0, len(texts), size):
-            piece = texts[start : start + size]
-            losses += self.lm.text_losses(begun, [i for i, _ in piece], [list(text) for _, text in piece]).tolist()
+        for group in self.answer_budget.groups([(len(text),) for _, text in texts]):
+            for start in range(0, len(group), size):
+                piece = group[start : start + size]
+                found = self.lm.text_losses(begun, [texts[n][0] for n in piece], [list(texts[n][1]) for n in piece])
+                for n, loss in zip(piece, found.tolist(), strict=True):
+                    losses[n] = loss
         return losses
 
     def _generate(self, begun: Any, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from intrinsic_prompt_tuning.lazy import np, torch, transformers
-from intrinsic_prompt_tuning.passes import IGNORE, padded, to_device
+from intrinsic_prompt_tuning.passes import FEW, IGNORE, padded, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,19 +59,25 @@ class Seq2Seq:
             rows: which row each text is behind.
             texts: their tokens.
         """
-        labels, real = padded(texts, IGNORE, self.model.device)  # (texts, length)
+        labels, real = padded(texts, IGNORE, self.model.device, least=FEW)  # (texts, length)
         # Found on the host: a device that is asked makes the host wait for it.
-        flat, of = (to_device(positions, self.model.device) for positions in (np.flatnonzero(real), np.nonzero(real)[0]))
+        own = np.flatnonzero(real)
+        flat, of = (
+            to_device(np.resize(own, max(FEW, len(own))), self.model.device),
+            to_device(np.nonzero(real)[0], self.model.device),
+        )
         behind, decoder_ids = begun.of(rows), self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         # Only the texts' own tokens reach the vocabulary, the widest layer by far.
         head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),))
         try:
             logits = self.model(
                 encoder_outputs=(behind.states,), attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
-            ).logits  # (text tokens, vocabulary)
+            ).logits[: len(own)]  # (text tokens, vocabulary)
         finally:
             head.remove()
-        losses = torch.nn.functional.cross_entropy(logits.float(), labels.flatten().index_select(0, flat), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.float(), labels.flatten().index_select(0, flat[: len(own)]), reduction="none"
+        )
         return losses.new_zeros(len(texts)).index_add(0, of, losses)
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:

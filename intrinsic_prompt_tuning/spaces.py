@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.passes import FEW
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,8 @@ class Space:
         """Return `(Z P) * (1 + s) + b`, P being the basis and Z, s, b the parts of theta (ULPT)."""
         length, hidden = self.initial_prompt.shape
         z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
-        products: Tensor = z.reshape(len(theta), length, -1) @ self.weights["basis"]
+        padded_z, basis = _not_few(z.reshape(len(theta) * length, -1), self.weights["basis"].T)
+        products = torch.nn.functional.linear(padded_z, basis)[: len(theta) * length].view(len(theta), length, hidden)
         return torch.addcmul(b[:, None], products, 1 + s[:, None])
 
     def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
@@ -70,7 +72,19 @@ class Space:
         return (reconstructed - soft_prompts).pow(2).mean() / (soft_prompts - self.initial_prompt).pow(2).mean()
 
     def _linear(self, x: Tensor, layer: str) -> Tensor:
-        return torch.nn.functional.linear(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"])
+        few_x, few_weight = _not_few(x, self.weights[f"{layer}.weight"])
+        return torch.nn.functional.linear(few_x, few_weight, self.weights[f"{layer}.bias"])[: len(x)]
+
+
+def _not_few(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of x (tasks, k) @ weight.T (k, n) with zeros added, as a CPU rounds small products otherwise than large.
+
+    So no task comes to another thing, not by a bit, beside others than alone: tests/test_tuning.py.
+    """
+    rows, columns = max(0, FEW - len(x)), max(0, 16 - x.shape[1])
+    if not rows and not columns:
+        return x, weight
+    return torch.nn.functional.pad(x, (0, columns, 0, rows)), torch.nn.functional.pad(weight, (0, columns))
 
 
 def unit_of(soft_prompts: Tensor, initial_prompt: Tensor) -> float:

@@ -227,23 +227,25 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
     Returns:
         Losses (tasks,), each the mean over the target tokens of the prompt's rows; gradients (tasks, prompt_length, hidden).
     """
-    leaf = soft_prompts.requires_grad_()
-    losses = torch.zeros(len(leaf), device=leaf.device)
+    losses, gradients = torch.zeros(len(soft_prompts), device=soft_prompts.device), torch.zeros_like(soft_prompts)
     tokens = Counter[int]()
     for i, example in batch:
         tokens[i] += len(example.target_ids)
 
     def work(numbers: list[int]) -> None:
         own = [batch[n][1] for n in numbers]
-        at = to_device([batch[n][0] for n in numbers], leaf.device)
-        begun = backbone.lm.begin(leaf[at], [e.input_ids for e in own])
+        at = to_device([batch[n][0] for n in numbers], soft_prompts.device)
+        leaf = soft_prompts[at].requires_grad_()
+        begun = backbone.lm.begin(leaf, [e.input_ids for e in own])
         sums = backbone.lm.text_losses(begun, range(len(own)), [e.target_ids for e in own])
-        means = sums / to_device([tokens[batch[n][0]] for n in numbers], leaf.device)
-        means.sum().backward()
+        means = sums / to_device([tokens[batch[n][0]] for n in numbers], soft_prompts.device)
+        (gradient,) = torch.autograd.grad(means.sum(), leaf)
+        # Row by row, so that it does not matter which passes a prompt's rows are in.
+        gradients.index_add_(0, at, gradient)
         losses.index_add_(0, at, means.detach())
 
-    backbone.budget.in_passes([leaf.shape[1] + len(example) for _, example in batch], work)
-    return losses, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    backbone.budget.in_passes([example.widths(soft_prompts.shape[1]) for _, example in batch], work)
+    return losses, gradients
 
 
 def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:

@@ -138,7 +138,7 @@ def bare(side: tuple, steps: int) -> None:
             mask = torch.cat([ids.new_ones(len(ids), len(prompt)), torch.from_numpy(real).to(ids)], dim=1)
             model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
 
-        backbone.budget.in_passes([len(prompt) + len(row) for row in rows], work)
+        backbone.budget.in_passes([row.widths(len(prompt)) for row in rows], work)
     if prompt.is_cuda:
         torch.cuda.synchronize()
 

@@ -111,7 +111,7 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
                 labels[row, end - len(batch[n].target_ids) : end] = torch.tensor(batch[n].target_ids)
             model(inputs_embeds=embeddings.requires_grad_(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
 
-        Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([20 + len(row) for row in batch], work)
+        Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([row.widths(20) for row in batch], work)
 
 
 def main() -> None:

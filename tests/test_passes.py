@@ -17,6 +17,11 @@ from intrinsic_prompt_tuning.passes import IGNORE, Budget, pass_sizes
 CPU = torch.device("cpu")
 
 
+def of_length(*lengths: int) -> list[tuple[int, int]]:
+    """Return the widths of rows of so many tokens."""
+    return [(length - 2, 2) for length in lengths]
+
+
 def test_the_budget_halves_when_memory_runs_out_and_still_does_every_row_once() -> None:
     budget, done, sizes = Budget(100), [], []
 
@@ -26,7 +31,7 @@ def test_the_budget_halves_when_memory_runs_out_and_still_does_every_row_once() 
             raise torch.OutOfMemoryError
         done.extend(numbers)
 
-    budget.in_passes([10, 9, 11, 10, 8, 10, 7, 10, 10, 10, 10], work)
+    budget.in_passes(of_length(10, 9, 11, 10, 8, 10, 7, 10, 10, 10, 10), work)
     assert sorted(done) == list(range(11))
     assert done[0] == 2  # the longest first
     assert sizes[:3] == [1, 10, 5]  # none is padded to the longest
@@ -41,7 +46,7 @@ def test_the_budget_grows_while_memory_is_left_but_never_again_to_what_did_not_f
         if len(numbers) > 10:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    budget.in_passes([10] * 100, work)
+    budget.in_passes(of_length(*[10] * 100), work)
     assert sizes[:5] == [2, 4, 8, 16, 8]
     assert set(sizes[5:-1]) == {8}
     assert (budget.tokens, budget.most) == (80, 160)
@@ -58,15 +63,22 @@ def test_a_pass_that_is_small_because_rows_differ_tells_less_of_the_memory(monke
     ]
     for lengths, tokens, then in cases:
         budget = Budget(tokens)
-        budget.in_passes(lengths, lambda numbers: None)
+        budget.in_passes(of_length(*lengths), lambda numbers: None)
         assert (budget.tokens, budget.most) == (then, math.inf), lengths
 
 
 def test_on_a_cpu_the_budget_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     budget = Budget(20)
-    budget.in_passes([10] * 100, lambda numbers: None)
+    budget.in_passes(of_length(*[10] * 100), lambda numbers: None)
     assert (passes.memory_share(), budget) == (1, Budget(20))
+
+
+def test_where_neighbours_must_change_no_bit_only_rows_of_one_block_share_a_pass() -> None:
+    widths, passes_of = [(17, 2), (40, 3), (31, 5), (16, 12), (15, 2), (33, 4)], list[list[int]]()
+    Budget(1000, by_block=True).in_passes(widths, passes_of.append)
+    assert passes_of == [[1, 5], [3], [2, 0], [4]]
+    assert list(map(passes.block, (1, 11, 12, 15, 16, 31, 32))) == [-1, -1, 0, 0, 1, 1, 2]
 
 
 def test_no_rows_need_no_pass() -> None:
@@ -79,7 +91,7 @@ def test_another_error_than_lack_of_memory_is_not_hidden() -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        Budget(100).in_passes([10] * 10, work)
+        Budget(100).in_passes(of_length(*[10] * 10), work)
 
 
 def test_a_row_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> None:
@@ -87,12 +99,13 @@ def test_a_row_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> Non
         raise torch.OutOfMemoryError
 
     with pytest.raises(IptError, match=r"one row of 40 tokens does not fit into memory: shorten it with --max-length"):
-        Budget(1000).in_passes([30, 40], work)
+        Budget(1000).in_passes(of_length(30, 40), work)
 
 
 def test_what_is_padded_stands_on_the_left_and_the_mask_says_what_is_real() -> None:
     ids, real = passes.padded([[5, 6, 7], [8], []], IGNORE, CPU)
     assert ids.tolist() == [[5, 6, 7], [8, -100, -100], [-100, -100, -100]]
+    assert passes.padded([[5], [6, 7]], 0, CPU, least=4)[0].tolist() == [[5, 0, 0, 0], [6, 7, 0, 0]]
     assert real.tolist() == [[True, True, True], [True, False, False], [False, False, False]]
 
 

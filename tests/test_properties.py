@@ -131,7 +131,7 @@ def test_the_budget_does_every_row_once_however_often_memory_runs_out(lengths: l
         done.extend(numbers)
 
     budget = Budget(tokens)
-    budget.in_passes(lengths, work)
+    budget.in_passes([(length, 0) for length in lengths], work)
     assert sorted(done) == list(range(len(lengths)))
     assert [lengths[row] for row in done] == sorted(lengths, reverse=True)
     assert all(len(numbers) == 1 or len(numbers) * lengths[numbers[0]] <= tokens for numbers in tried)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.metrics import accuracy
 from intrinsic_prompt_tuning.passes import Budget
-from intrinsic_prompt_tuning.spaces import Space
-from intrinsic_prompt_tuning.tasks import Example, Task
+from intrinsic_prompt_tuning.spaces import Space, low_rank_space, scaled_space, untrained_space
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, load_tasks
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, Tuned, prompt_losses, tune
 
 CONFIG = TuneConfig(steps=12, batch_size=3, evaluations=4, patience=1, clip=1.0)
@@ -79,6 +80,50 @@ def test_a_job_alone_gives_what_it_gives_among_others(backbone: Backbone, tasks:
     assert_same(together, alone, tolerance=2e-4)
     moved = [float((result.theta - result.job.theta).abs().max()) for result in alone.values()]
     assert max(moved) > 0.1
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernels of other CPUs round in ways not measured"
+)
+@pytest.mark.parametrize(("kind", "dim"), [("prompt", 1024), ("random", 10), ("random", 250), ("low-rank", 264)])
+def test_on_the_testbed_neighbours_and_pass_sizes_change_no_bit(kind: str, dim: int) -> None:
+    backbone, tasks = load_backbone("testbed"), load_tasks(TASKS_FILE)
+    space = Space(backbone.initial_prompt(8, seed=0), backbone.embedding_rms)
+    if kind == "random":
+        space = scaled_space(untrained_space(space.initial_prompt, unit=0.5 * space.unit, dim=dim, inner=768, seed=0), seed=0)
+    elif kind == "low-rank":
+        space = low_rank_space(space.initial_prompt, unit=space.unit, dim=dim, seed=0)
+    # Inputs of 12 to 25 tokens, answers of 2 to 3, one word of several.
+    names = (
+        "verb-word-then-verb-gerund",
+        "city-country-then-day-next-choice",
+        "object-furniture",
+        "number-previous",
+        "mood-positive",
+    )
+    starts = 0.02 * torch.randn(len(names), space.dim, generator=torch.Generator().manual_seed(0))
+    rows = {
+        name: tuple(rows_of(backbone, tasks[name], part=part, length=8) for part in ("train", "validation")) for name in names
+    }
+    jobs = [
+        make_job(backbone, tasks[name], start, rate=0.3, rows=partial(rows.get, name))
+        for name, start in zip(names, starts, strict=True)
+    ]
+    config = TuneConfig(steps=12, batch_size=3, evaluations=2, patience=0)
+
+    def thetas(backbone: Backbone, slots: int) -> list[Tensor]:
+        found = {result.job: result.theta for result in tune(backbone, space, jobs, config, slots=slots)}
+        return [found[job] for job in jobs]
+
+    together = thetas(backbone, 16)
+    small = tuple(Budget(tokens, by_block=True) for tokens in (60, 100))
+    others = {
+        "pairs": thetas(backbone, 2),
+        "alone": thetas(backbone, 1),
+        "small": thetas(like(backbone, budget=small[0], answer_budget=small[1]), 16),
+    }
+    assert [name for name, own in others.items() if not all(map(torch.equal, together, own))] == []
+    assert all((theta - start).abs().max() > 0.01 for theta, start in zip(together, starts, strict=True))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
