@@ -409,6 +409,9 @@ def main() -> None:
     STOPPED_BY.clear()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell, `>&-`: what would be written there goes nowhere
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 (for as long as the process lives)
     # What is still to be written into a closed pipe goes nowhere, which is no mistake.
     Console.on_broken_pipe = lambda c: os.dup2(os.open(os.devnull, os.O_WRONLY), c.file.fileno())  # type: ignore[assignment]
     try:

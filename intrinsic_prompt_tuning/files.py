@@ -96,6 +96,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
             return _parsed(path, file.metadata())[0]
@@ -111,6 +112,7 @@ def read_file(path: Path) -> Content:
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
             header, record, checksum = _parsed(path, file.metadata())
@@ -120,6 +122,12 @@ def read_file(path: Path) -> Content:
     if checksum != _checksum(header, record, tensors):
         raise _damaged(path, "its checksum is another")
     return header, record, tensors
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse what is there but no file: a pipe would make its reader wait for ever."""
+    if path.exists() and not path.is_file():
+        raise _damaged(path, "it is no plain file")
 
 
 def _parsed(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -11,6 +11,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from intrinsic_prompt_tuning.errors import IptError
+
 
 def rank() -> int:
     """Return this process's number; alone it is rank 0 of 1."""
@@ -48,7 +50,12 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
 
     Returns:
         0, or the exit code of the first that failed, and what that one said if nobody has heard it yet.
+
+    Raises:
+        IptError: there are more processes than cores; each would hold the backbone, and wait for the others.
     """
+    if count > max(2, cores := os.cpu_count() or 1):
+        raise IptError(f"--processes is {count}, and this machine has {cores} cores: use at most as many")
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     shared = os.environ | {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": threads}
     ranks = [

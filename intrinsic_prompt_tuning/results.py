@@ -31,6 +31,8 @@ except ImportError:  # Windows: two processes may do the same work, and leave th
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
+RECORDED = {"subspace": ("unit",), "score": ("score", "n")}
+"""Kind -> what its record holds in any case."""
 
 
 def duration(seconds: float) -> str:
@@ -211,7 +213,7 @@ class Store:
     def is_solved(self, result: Result) -> bool:
         """Tell whether a result answers all validation rows right."""
         if result.name not in self._solved and self.path(result).exists():
-            self._solved[result.name] = self.read(result)[0]["validation"] == 1
+            self._solved[result.name] = self.read(result)[0].get("validation") == 1
         return self._solved.get(result.name, False)
 
     def save(self, made: Made) -> None:
@@ -247,6 +249,8 @@ class Store:
         header, record, tensors = read_file(path)
         if header != result.header:
             raise IptError(f"{path} is not what its name says: remove it, and the command makes it anew")
+        if lacking := set(RECORDED.get(result.kind, ())) - record.keys():
+            raise IptError(f"{path} lacks {sorted(lacking)} in its record: remove it, and the command makes it anew")
         return record, tensors
 
     def best(self, choice: Choice) -> tuple[Result, dict[str, Any], dict[str, Tensor]]:

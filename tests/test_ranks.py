@@ -13,7 +13,8 @@ import torch
 from conftest import Result, files_in, run_ipt
 
 import ipt
-from intrinsic_prompt_tuning.ranks import own_share
+from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.ranks import own_share, run_in_processes
 
 RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
 DIES = """
@@ -85,6 +86,11 @@ def test_processes_share_a_command_without_torchrun(shared_options: list[object]
     done = in_processes("collect", *RUN[1:7], *shared_options, "--cache", tmp_path)
     assert done.code == 0, done.err
     assert len(list(tmp_path.glob("*/soft-prompts/*"))) == 7
+
+
+def test_more_processes_than_cores_are_refused() -> None:
+    with pytest.raises(IptError, match=rf"--processes is 6400, and this machine has {os.cpu_count()} cores"):
+        run_in_processes(["never", "run"], 6400)
 
 
 def test_a_mistake_is_told_once_for_all_processes(shared_options: list[object], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker
 
 FINGERPRINT = "f" * 64
 HEADER = {"version": FILE_VERSION, "backbone": FINGERPRINT, "kind": "soft-prompt", "task": "mood-good", "data_seed": 100}
-RECORD = {"validation": 0.5, "validation_loss": 1.0}
+RECORD = {"validation": 0.5, "validation_loss": 1.0, "score": 0.5, "n": 3, "unit": 1.0}
 PROMPT = {"soft_prompt": torch.arange(15.0).reshape(3, 5)}
 
 
@@ -742,6 +742,24 @@ def test_a_damaged_score_is_missing_and_damaged_results_that_cost_more_are_not(s
     before = store.path(prompt).read_bytes()
     store.save(Made(score, RECORD, PROMPT))
     assert store.missing([score, prompt]) == [] and store.path(prompt).read_bytes() == before
+
+
+def test_a_record_that_lacks_a_figure_is_refused_by_name_though_its_checksum_is_right(store: Store) -> None:
+    for kind, lacking in (("score", "n"), ("subspace", "unit")):
+        one = result(kind=kind)
+        write_file(store.path(one), one.header, {name: value for name, value in RECORD.items() if name != lacking}, {})
+        with pytest.raises(IptError, match=rf"lacks .*'{lacking}'.* in its record: remove it"):
+            store.read(one)
+        assert store.is_there(one) == (kind == "subspace")
+
+
+def test_a_pipe_in_a_result_s_place_makes_nobody_wait(store: Store) -> None:
+    one = result()
+    store.path(one).parent.mkdir(parents=True)
+    os.mkfifo(store.path(one))
+    with pytest.raises(IptError, match="no plain file"):
+        store.read(one)
+    assert list(store.found("soft-prompt")[1]) == [str(store.path(one))]
 
 
 # --- Links that somebody put into the cache ------------------------------------------------------

@@ -134,7 +134,7 @@ def test_what_cannot_be_a_line_is_said_with_its_number_wherever_it_comes_from(
         assert told[-1]["options"] == {"yes": 1.0}
 
 
-@pytest.mark.parametrize("closed", ["<&-", "| head -1"])
+@pytest.mark.parametrize("closed", ["<&-", "| head -1", ">&-"])
 def test_a_reader_or_writer_that_has_left_is_no_mistake(
     shared_options: list[object], tuned: tuple[Path, Cli], closed: str
 ) -> None:
