@@ -102,6 +102,7 @@ def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
+    tries: option(Rates, "tries") = None,  # type: ignore[valid-type]
     start: Annotated[str, typer.Option(help="subspace (the task's vector), a task, a file.", show_default="random words")] = "",
     dim: OneDimOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
@@ -138,6 +139,7 @@ def tune(
     data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace", start: StartOption = "random",
     subspace: Annotated[str, typer.Option(help="The beginning of a subspace's name, where there are several of one dim.")] = "",
     vector_learning_rate: option(Rates, "vector_learning_rate", "--learning-rate") = None,  # type: ignore[valid-type]
+    tries: option(Rates, "tries") = None,  # type: ignore[valid-type]
     dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune an intrinsic vector for each task.

@@ -97,7 +97,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """The grids of learning rates, of which validation chooses per task."""
+    """The grids of learning rates and tries, of which validation chooses per task."""
 
     learning_rate: Annotated[
         list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.", panel=TUNING)
@@ -105,6 +105,15 @@ class Rates:
     vector_learning_rate: Annotated[
         list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.", panel=TUNING)
     ] = field(default_factory=lambda: [0.1])
+    tries: Annotated[
+        int,
+        Setting(
+            "Times a task is tuned at each rate, from other starts, its rows in another order; validation chooses.",
+            least=1,
+            most=100,
+            panel=TUNING,
+        ),
+    ] = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no rate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -34,7 +35,7 @@ class Experiment(Context):
     def soft_prompts(
         self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, Mapping[str, str]] | None = None
     ) -> dict[str, Choice]:
-        """Describe a soft prompt of each task (prompt tuning), one per learning rate, from the initial prompt or elsewhere."""
+        """Describe soft prompts of tasks (prompt tuning), one per learning rate and try, from the initial prompt or elsewhere."""
         numbers, rates, starts = self.prompt_space.dim, self.rates.learning_rate, starts or {}
         headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **starts.get(task, {})) for task in tasks}
         return {task: self._tuned(header, rates, numbers) for task, header in headers.items()}
@@ -42,7 +43,7 @@ class Experiment(Context):
     def intrinsic_vectors(
         self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
     ) -> dict[str, Choice]:
-        """Describe an intrinsic vector of each task (IST), one per learning rate."""
+        """Describe an intrinsic vector of each task (IST), one per learning rate and try."""
         about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
         headers = {task: self.header("intrinsic-vector", task=task, data_seed=data_seed, **about) for task in tasks}
         rates, numbers = self.rates.vector_learning_rate, subspace.header["dim"]
@@ -56,8 +57,10 @@ class Experiment(Context):
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
         cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers)
         choice: Choice = ()
-        for rate in sorted(rates, reverse=True):  # a task that is solved at one rate needs no smaller one
-            choice += (Result({**header, **of, "learning_rate": rate}, inputs, cost, instead_of=choice),)
+        # The largest rate first: a task that is solved needs nothing else.
+        for rate, number in itertools.product(sorted(rates, reverse=True), range(self.rates.tries)):
+            about = {"learning_rate": rate} | ({"try": number} if number else {})
+            choice += (Result({**header, **of, **about}, inputs, cost, instead_of=choice),)
         return choice
 
     def subspace(self, space: SpaceKind, dim: int, prompts: Mapping[str, Choice]) -> Result:

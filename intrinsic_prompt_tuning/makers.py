@@ -54,6 +54,7 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
 
     return Job(
         task=header["task"], metric=header["metric"], data_seed=header["data_seed"], learning_rate=header["learning_rate"],
+        number=header.get("try", 0),
         theta=start_of(x, result, space), rows=rows, unfinished=partial(x.store.unfinished, result),
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ def start_of(x: Context, result: Result, space: Space) -> Tensor:
         return space.project(x.given[header["start_prompt"]][None])[0]
     if "start" not in header:
         return torch.zeros(space.dim)
-    seed = digest({name: header[name] for name in ("task", "data_seed", "seed")})
+    seed = digest({name: header[name] for name in ("task", "data_seed", "seed", "try") if name in header})
     generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
     if header["start"] == "random" or header["space"] == "low-rank":
         return 0.02 * torch.randn(space.dim, generator=generator)

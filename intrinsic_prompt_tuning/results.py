@@ -256,7 +256,7 @@ class Store:
     def best(self, choice: Choice) -> tuple[Result, dict[str, Any], dict[str, Tensor]]:
         """Return the best of a choice by validation score, then by validation loss: itself, its record, its tensors."""
         read: list[tuple[Result, dict[str, Any], dict[str, Tensor]]] = []
-        for result in sorted(choice, key=lambda it: (-it.header.get("learning_rate", 0), it.name)):
+        for result in sorted(choice, key=lambda it: (-it.header.get("learning_rate", 0), it.header.get("try", 0), it.name)):
             if result.instead_of and not self.path(result).exists():
                 continue
             read.append((result, *self.read(result)))

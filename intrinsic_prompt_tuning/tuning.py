@@ -63,6 +63,8 @@ class Job:
     metric: str
     data_seed: int
     learning_rate: float
+    number: int = 0
+    """Of the try: each takes the rows in another order."""
     theta: Tensor
     """(dim,), float32: where it starts."""
     rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
@@ -70,9 +72,15 @@ class Job:
     unfinished: Callable[[], Mapping[str, Tensor]] = dict
     """Returns the state at which the job goes on; called when it begins. Empty: at the start."""
 
+    @property
+    def order(self) -> int:
+        """The seed of the order of its rows."""
+        return self.data_seed + (self.number << 32)
+
     def __str__(self) -> str:
         """Return what to call the job in messages."""
-        return f"{self.task} (data seed {self.data_seed}, learning rate {self.learning_rate:g})"
+        which = f", try {self.number + 1}" if self.number else ""
+        return f"{self.task} (data seed {self.data_seed}, learning rate {self.learning_rate:g}{which})"
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) 
     batch = [
         (i, train[row])
         for i, (train, _) in enumerate(table.rows)
-        for row in minibatch(len(train), config.batch_size, table.jobs[i].data_seed, taken[i])
+        for row in minibatch(len(train), config.batch_size, table.jobs[i].order, taken[i])
     ]
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)

@@ -18,7 +18,7 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment, differences
 from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
-from intrinsic_prompt_tuning.makers import start_of
+from intrinsic_prompt_tuning.makers import job_of, start_of
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.results import Choice, Cost, Made, Reporter, Result
@@ -217,6 +217,33 @@ def test_a_rate_is_needed_only_where_no_rate_before_it_solved_the_task(build: Bu
     save(x, [second], {"soft_prompt": made_up(x)["mood-good"]}, validation=1.0)
     assert x.store.missing([first, second, third]) == []
     assert x.store.best((first, second, third))[0] is second
+
+
+def test_tries_are_a_choice_each_from_its_own_start_and_a_solved_task_needs_no_other(build: Build) -> None:
+    x, once = build(learning_rate=[0.1, 0.3], vector_learning_rate=[0.2], tries=3), build(learning_rate=[0.1, 0.3])
+    (choice,) = x.soft_prompts(["mood-good"]).values()
+    assert [(r.header["learning_rate"], r.header.get("try")) for r in choice] == [
+        (0.3, None),
+        (0.3, 1),
+        (0.3, 2),
+        (0.1, None),
+        (0.1, 1),
+        (0.1, 2),
+    ]
+    assert [r.name for r in once.soft_prompts(["mood-good"])["mood-good"]] == [choice[0].name, choice[3].name]
+    prompts = save_prompts(build())
+    vectors = x.intrinsic_vectors(["mood-good"], 100, x.subspace("random", 6, prompts))["mood-good"]
+    space = untrained_space(x.prompt_space.initial_prompt, unit=2.5, dim=6, inner=13, seed=1)
+    jobs = [job_of(x, result, space) for result in vectors]
+    assert (
+        len({tuple(job.theta.tolist()) for job in jobs})
+        == len({job.order for job in jobs})
+        == len({str(job) for job in jobs})
+        == 3
+    )
+    for result, validation in zip(choice[:3], (0.5, 1.0, 1.0), strict=True):
+        save(x, [result], {"soft_prompt": made_up(x)["mood-good"]}, validation=validation)
+    assert x.store.missing(choice) == [] and x.store.best(choice)[0] is choice[1]
 
 
 def test_a_subspace_of_prompts_of_which_some_rates_were_not_needed_is_found_again(build: Build) -> None:
