@@ -156,11 +156,19 @@ class Backbone:
             ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)
             return float(self.model.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
 
-    def initial_prompt(self, prompt_length: int, seed: int) -> Tensor:
-        """Return embeddings of random words of the vocabulary, the start that all tasks share: (prompt_length, hidden)."""
+    def initial_prompt(self, prompt_length: int, seed: int, text: str = "") -> Tensor:
+        """Return the start that all tasks share: embeddings of a text, repeated, or of random words: (prompt_length, hidden).
+
+        Raises:
+            IptError: the text has no tokens.
+        """
         special = set(self.tokenizer.all_special_ids)
         words = [token for token in range(len(self.tokenizer)) if token not in special]
-        ids = torch.tensor(random.Random(seed).choices(words, k=prompt_length), device=self.device, dtype=torch.long)
+        chosen = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if text and not chosen:
+            raise IptError(f"--initial-text is '{text}', which has no tokens")
+        chosen = (chosen * prompt_length)[:prompt_length] or random.Random(seed).choices(words, k=prompt_length)
+        ids = torch.tensor(chosen, device=self.device, dtype=torch.long)
         with torch.no_grad():
             embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
         return embeddings

@@ -70,6 +70,9 @@ class Options:
     tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
+    initial_text: Annotated[
+        str, Setting("What all soft prompts start from, repeated to their length.", shown_default="random words", panel=TUNING)
+    ] = ""
     shots: Annotated[
         int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000, panel=DATA)
     ] = 16
@@ -226,7 +229,8 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        return Space(self.backbone.initial_prompt(self.options.prompt_length, self.options.seed), self.backbone.embedding_rms)
+        o = self.options
+        return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, o.initial_text), self.backbone.embedding_rms)
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -324,6 +328,8 @@ class Context:
         shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
         settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "decoding")}
         shared |= {"prompt_at": self.backbone.prompt_at, "chat": self.backbone.chat}
+        if self.options.initial_text:  # files without it are older
+            shared |= {"initial_text": self.options.initial_text}
         return shared | settings | {"max_length": self.backbone.max_length, "kind": kind} | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:

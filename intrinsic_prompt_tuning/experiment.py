@@ -148,7 +148,6 @@ class Experiment(Context):
                 f"the split {self.options.split} has no seen tasks to find a subspace with; 'ipt tasks' lists what it has"
             )
         spaces = [self.subspace(kind, dim, collection) for kind in LEARNED_AND_RANDOM for dim in dims]
-        spaces.append(self.subspace("low-rank", dims[0], collection))
         challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
         vectors = [choice for s in spaces for who, seed in challenges for choice in self.intrinsic_vectors(who, seed, s).values()]
         tuned = [result for choice in (*prompts.values(), *vectors) for result in choice]
@@ -195,7 +194,8 @@ class Experiment(Context):
             except IptError as error:
                 self.leave_out({path: str(error)})
                 continue
-            differs = next((name for name, value in shared.items() if result.header.get(name) != value), None)
+            compared = (*shared, "initial_text")
+            differs = next((name for name in compared if result.header.get(name) != shared.get(name)), None)
             others[f"another {differs}"] += bool(differs)
             if not differs:
                 fitting.append(result)

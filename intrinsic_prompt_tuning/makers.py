@@ -54,7 +54,7 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
 
     return Job(
         task=header["task"], metric=header["metric"], data_seed=header["data_seed"], learning_rate=header["learning_rate"],
-        number=header.get("try", 0),
+        number=header.get("try", 0), seed=header["seed"],
         theta=start_of(x, result, space), rows=rows, unfinished=partial(x.store.unfinished, result),
     )  # fmt: skip
 

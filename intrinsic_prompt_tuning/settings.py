@@ -14,7 +14,7 @@ DATA, TUNING, MACHINE = "Rows", "Tuning", "Machine and manners"
 TESTBED = "testbed"
 """The built-in world, the split of its tasks, and its backbone."""
 TESTBED_SETTINGS: dict[str, Any] = {
-    "split": TESTBED, "prompt_length": 8, "test_rows": 64, "steps": 280, "evaluations": 2, "batch_size": 1,
+    "split": TESTBED, "prompt_length": 24, "initial_text": "_", "test_rows": 64, "steps": 400, "evaluations": 4, "batch_size": 1,
     "learning_rate": [0.3], "subspace_steps": 120, "rows_per_task": 2,
 }  # fmt: skip
 """What holds on the testbed's backbone where nothing is given."""

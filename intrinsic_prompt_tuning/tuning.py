@@ -65,6 +65,8 @@ class Job:
     learning_rate: float
     number: int = 0
     """Of the try: each takes the rows in another order."""
+    seed: int = 0
+    """Of the experiment: likewise."""
     theta: Tensor
     """(dim,), float32: where it starts."""
     rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
@@ -75,7 +77,7 @@ class Job:
     @property
     def order(self) -> int:
         """The seed of the order of its rows."""
-        return self.data_seed + (self.number << 32)
+        return self.data_seed + (self.number << 32) + (self.seed << 64)
 
     def __str__(self) -> str:
         """Return what to call the job in messages."""

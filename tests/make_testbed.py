@@ -32,6 +32,8 @@ from intrinsic_prompt_tuning.tasks.worlds import OPTION_MARK, Scene
 
 FILLER = "_"
 """Stands where the instruction has no word, so that all instructions of a batch are equally long."""
+LONG_FROM = 2 / 3
+"""The share of the time after which instructions get long."""
 MOST_LABELS = 9
 KINDS = {"yes-no": 40, "labels": 20, "multiple-choice": 20, "extraction": 16, "transformation": 24}
 
@@ -228,9 +230,10 @@ class Batches:
     def draw(self, size: int, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return input ids (size, length + sentence), partial answers (size, length) and labels (size, answer).
 
-        While less than a fifth (`share`) of the time is over, no composed test comes: it needs single tests first.
+        While less than a fifth (`share`) of the time is over, no composed test comes: it needs single tests first. In the last
+        third instructions are strewn over as many positions as a soft prompt has tokens.
         """
-        length = self.rng.choice([8, 8, 9, 10])
+        length = self.rng.choice([8, 8, 9, 10] if share < LONG_FROM else [8, 16, 22, 24, 24, 24, 24, 26])
         choice = self.rng.choice([None] * 6 + ["value", "values"])
         kinds, weights = (
             ("value", "test", "values", "tests", "parts"),
@@ -309,7 +312,8 @@ def train(
     optimizers = [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
     batches, filler = Batches(world, tokenizer, held_out, seed), tokenizer.get_vocab()[FILLER]
     start, step, reported, running = time.time(), 0, time.time(), 0.0
-    while (share := (time.time() - start) / (60 * minutes)) < 1:
+    begun = LONG_FROM if resume else 0.0
+    while (share := begun + (1 - begun) * (time.time() - start) / (60 * minutes)) < 1:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - share)
         ids, hints, labels = batches.draw(batch, share)
@@ -383,7 +387,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="start from the model in --out")
+    parser.add_argument("--resume", action="store_true", help="only the last third, from the model in --out")
     parser.add_argument("--out", type=Path, default=Path("testbed"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

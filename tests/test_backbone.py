@@ -55,6 +55,15 @@ def test_the_initial_prompt_is_made_of_words_and_depends_on_the_seed_only(backbo
     assert not torch.equal(prompt, backbone.initial_prompt(7, seed=4))
 
 
+def test_the_initial_prompt_is_a_text_repeated_where_one_is_given(backbone: Backbone) -> None:
+    ids = backbone.tokenizer("the glad fox", add_special_tokens=False).input_ids
+    wanted = backbone.model.get_input_embeddings()(torch.tensor((ids * 7)[:7]))
+    assert torch.equal(backbone.initial_prompt(7, 0, "the glad fox"), wanted)
+    assert torch.equal(backbone.initial_prompt(7, 0, "the glad fox"), backbone.initial_prompt(7, 1, "the glad fox"))
+    with pytest.raises(IptError, match="--initial-text is ' ', which has no tokens"):
+        backbone.initial_prompt(7, 0, " ")
+
+
 # --- What a soft prompt does ---------------------------------------------------------------------
 
 

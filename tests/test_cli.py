@@ -291,10 +291,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing_but_rows(cli: Cli, tmp_path
             rf"^plan: 7 soft prompts to make, 0 made before; {measured}; [\d.]+ [kM]?B of files$", result.err, re.MULTILINE
         )
         assert not result.out
-    assert re.search(rf"^plan: 5 subspaces to make, 0 made before; {measured}; [\d.]+ [kM]?B of files$", result.err, re.MULTILINE)
-    for about in ("subspace, dim 6", "subspace, dim 4", "random, dim 6", "random, dim 4", "low-rank, dim 35"):
+    assert re.search(rf"^plan: 4 subspaces to make, 0 made before; {measured}; [\d.]+ [kM]?B of files$", result.err, re.MULTILINE)
+    for about in ("subspace, dim 6", "subspace, dim 4", "random, dim 6", "random, dim 4"):
         assert re.search(rf"^plan: 7 intrinsic vectors \({about}\) to make, 0 made before; {measured}", result.err, re.MULTILINE)
-    scores = 3 * 7 + 2 * 7 + 5 * 7 + 2 * 2
+    scores = 3 * 7 + 2 * 7 + 4 * 7 + 2 * 2
     assert re.search(rf"^plan: {scores} scores to make, 0 made before; {measured}$", result.err, re.MULTILINE)
     assert re.search(r"^plan: all of it, if no job ends early; [\d hmins]+$", result.err, re.MULTILINE)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["samples"]
@@ -404,8 +404,8 @@ def test_a_dry_run_tells_what_a_stopped_run_has_left(whole_run: tuple[Path, list
             kind: (sum(int(a) for a, k, _ in found if k == kind), sum(int(b) for _, k, b in found if k == kind)) for kind in kinds
         }
 
-    scores = 3 * 7 + 2 * 7 + 5 * 7 + 2 * 2
-    nothing = {"soft prompts": (0, 7), "subspaces": (0, 5), "intrinsic vectors": (0, 35), "scores": (0, scores)}
+    scores = 3 * 7 + 2 * 7 + 4 * 7 + 2 * 2
+    nothing = {"soft prompts": (0, 7), "subspaces": (0, 4), "intrinsic vectors": (0, 28), "scores": (0, scores)}
     assert plans() == nothing
     for score in list(tmp_path.glob("cache/*/scores/*"))[:5]:
         score.unlink()

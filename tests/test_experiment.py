@@ -219,6 +219,17 @@ def test_a_rate_is_needed_only_where_no_rate_before_it_solved_the_task(build: Bu
     assert x.store.best((first, second, third))[0] is second
 
 
+def test_files_of_another_initial_text_are_not_used_and_that_is_said(x: Experiment, build: Build) -> None:
+    save_prompts(x)
+    other = build(initial_text="the glad fox")
+    assert other.found_prompts(x.roles) == {} and told(other) == [
+        f"not used: {len(x.roles)} soft prompts of another initial_text"
+    ]
+    save_prompts(other)
+    assert x.found_prompts(x.roles).keys() == other.found_prompts(x.roles).keys() == x.roles.keys()
+    assert not torch.equal(x.prompt_space.initial_prompt, other.prompt_space.initial_prompt)
+
+
 def test_tries_are_a_choice_each_from_its_own_start_and_a_solved_task_needs_no_other(build: Build) -> None:
     x, once = build(learning_rate=[0.1, 0.3], vector_learning_rate=[0.2], tries=3), build(learning_rate=[0.1, 0.3])
     (choice,) = x.soft_prompts(["mood-good"]).values()

@@ -85,7 +85,7 @@ def test_the_readme_s_python_tunes_a_prompt_and_a_vector(capsys: pytest.CaptureF
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(",")[0] for line in lines] == ["1024 numbers", "250 numbers"]
+    assert [line.partition(",")[0] for line in lines] == ["3072 numbers", "250 numbers"]
     assert all(0 <= float(line.split()[-1]) <= 1 for line in lines)
 
 

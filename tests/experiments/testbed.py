@@ -2,9 +2,11 @@
 
     python tests/experiments/testbed.py dims --cache DIR          # Figs 3 and 4: all spaces by dimension
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
-    python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label
+    python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
     python tests/experiments/testbed.py ablations --cache DIR     # without each loss, without noise, other weights
+    python tests/experiments/testbed.py stability --cache DIR     # Table 2: ten runs of each task, and two-stage
+    python tests/experiments/testbed.py fine_tuning --cache DIR --processes 1    # all weights tuned, the second baseline
 
 Everything is kept in the cache, and the same command goes on where it was; `ipt plot` draws what is there. Whatever is chosen is
 chosen on validation rows. Spread over seeds: `ipt run --seeds 4`.
@@ -16,9 +18,12 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
+import torch
 import yaml
 
 import ipt
@@ -28,8 +33,10 @@ from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
 from intrinsic_prompt_tuning.report import make_report
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
+from intrinsic_prompt_tuning.tuning import minibatch, outcome
 
 OTHER_SEED = 21
+FINE_TUNED_BATCH = 4
 DIMS = (250, 10, 50, 5, 100, 25, 2)
 
 
@@ -76,13 +83,15 @@ def seen(cache: Path) -> None:
 
 
 def shots(cache: Path) -> None:
-    """The whole experiment by rows per label; prompt tuning beside it gets as many."""
+    """Unseen tasks with few and many rows per label, in the subspace of prompts with 16; prompt tuning beside it gets as many."""
+    whole = experiment(cache)
+    prompts = whole.soft_prompts(whole.named("seen"))
+    spaces = [whole.subspace("subspace", dim, prompts) for dim in (250, 10)]
+    whole.make([*every([*prompts.values()]), *spaces])
     for count in (4, 8, 16, 32, 64):
         x = experiment(cache, shots=count)
         ipt.echo(f"{count} rows per label for training, as many for validation")
-        results, scores = x.whole([250, 10], OTHER_SEED)
-        x.make([*results, *scores])
-        ipt.print_report(make_report(x, scores), as_json=False, per_task=False, wide=True)
+        measure(x, x.soft_prompts(x.named("unseen")), spaces)
 
 
 def kinds(cache: Path) -> None:
@@ -114,9 +123,82 @@ def ablations(cache: Path) -> None:
         measure(x, prompts, [x.subspace("subspace", dim, collection) for dim in (250, 10)], seen=seen)
 
 
+def stability(cache: Path) -> None:
+    """Table 2: ten runs of each unseen task from other starts, with rows in other orders, at the first rate of the grid; and from where IPT ends."""
+    x = experiment(cache, tries=10)
+    tasks = x.named("unseen")
+    prompts, rate = x.soft_prompts(x.named("seen")), max(x.rates.vector_learning_rate)
+    spaces = [x.subspace(kind, dim, prompts) for kind in ("subspace", "random") for dim in (250, 10)]
+    ways = {"prompt tuning": [*x.soft_prompts(tasks).values()]}
+    ways |= {f"{s.header['space']} {s.header['dim']}": [*x.intrinsic_vectors(tasks, COLLECTION_SEED, s).values()] for s in spaces}
+    # Without `instead_of`: also what is solved by one run is run ten times.
+    runs = {way: [[replace(r, instead_of=()) for r in choice[:10]] for choice in choices] for way, choices in ways.items()}
+    assert all(
+        r.header["learning_rate"] in (rate, max(x.rates.learning_rate)) for own in runs.values() for choice in own for r in choice
+    )
+    x.make([*every(prompts.values()), *spaces, *(r for own in runs.values() for choice in own for r in choice)])
+    for steps in (x.tuning.steps, x.tuning.steps // 4):
+        y = experiment(cache, tries=10, steps=steps)
+        starts = {n: {choice[n].header["task"]: choice[n] for choice in runs["subspace 250"]} for n in range(10)}
+        second = []
+        for task in tasks:
+            own = []
+            for n, at in starts.items():
+                prompt = y.space(spaces[0]).back_project(y.store.read(at[task])[1]["intrinsic_vector"][None])[0]
+                y.given[at[task].name] = prompt
+                told = {task: {"start": "subspace", "start_prompt": at[task].name}}
+                own.append(replace(y.soft_prompts([task], starts=told)[task][n], instead_of=()))
+            second.append(own)
+        y.make([r for own in second for r in own])
+        runs[f"two-stage, {steps} steps"] = second
+    ipt.echo(f"unseen tasks, n={len(tasks)}, ten runs each: mean test score, mean over tasks of the standard deviation over runs")
+    for way, own in runs.items():
+        wanted = {r.name: x.scores({r.header["task"]: (r,)}, [], [])[2] if r.kind == "soft-prompt" and "start" not in r.header
+                  else x.scores({r.header["task"]: (r,)}, [], [(r,)])[-1] for choice in own for r in choice}  # fmt: skip
+        x.make(wanted.values())
+        scores = [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in own]
+        ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(pstdev, scores)):.3f}")
+
+
+def fine_tuning(cache: Path) -> None:
+    """The paper's second baseline: all weights of the backbone are tuned, on the same rows, for as many steps, by the best of three rates."""
+    x = experiment(cache)
+    model, lm = x.backbone.model, x.backbone.lm
+    shipped = {name: weight.clone() for name, weight in model.state_dict().items()}
+    empty = torch.zeros(1, 0, x.backbone.hidden)
+    told = {}
+    for task in x.named("unseen"):
+        tries = []
+        for rate in (1e-4, 3e-4, 1e-3):
+            train, validation, test = x.encoded(task, COLLECTION_SEED)
+            model.load_state_dict(shipped)
+            model.requires_grad_(True)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+            for step in range(x.tuning.steps):
+                optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 15) * (1 - step / x.tuning.steps)
+                rows = [train[row] for row in minibatch(len(train), FINE_TUNED_BATCH, COLLECTION_SEED, step)]
+                begun = lm.begin(empty.expand(len(rows), -1, -1), [row.input_ids for row in rows])
+                losses = lm.text_losses(begun, range(len(rows)), [row.target_ids for row in rows])
+                (losses.sum() / sum(len(row.target_ids) for row in rows)).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            model.requires_grad_(False)
+            of = [
+                outcome(x.task(task).metric, part, x.backbone.answer(empty, [(0, row) for row in part]))[0]
+                for part in (validation, test)
+            ]
+            tries.append(of)
+        told[task] = max(tries)[1]
+        ipt.echo(f"{task}: {told[task]:.3f}")
+    ipt.echo(
+        f"fine-tuning, unseen tasks (n={len(told)}), {sum(map(torch.numel, shipped.values())):,} numbers: mean test score {fmean(told.values()):.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (dims, seen, shots, kinds, ablations)}
+    parts = {part.__name__: part for part in (dims, seen, shots, kinds, ablations, stability, fine_tuning)}
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
