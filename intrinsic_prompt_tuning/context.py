@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,6 @@ from intrinsic_prompt_tuning.errors import IptError, UnwritableError, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
-from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
 from intrinsic_prompt_tuning.settings import DATA, MACHINE, TESTBED, TUNING, Setting, settled, versions
@@ -205,7 +204,9 @@ class Context:
         store.before_save = self.keep_options  # so that a killed command has left them beside its first result
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
-            self.backbone.budget, self.backbone.answer_budget = (Budget(int(tokens), float(most)) for tokens, most in numbers)
+            both = zip((self.backbone.budget, self.backbone.answer_budget), numbers, strict=True)
+            known = [replace(own, tokens=int(tokens), most=float(most)) for own, (tokens, most) in both]
+            self.backbone.budget, self.backbone.answer_budget = known
             self._known_budgets = _budgets(self.backbone)
         return store
 
@@ -386,7 +387,7 @@ class Context:
 
 def _budgets(backbone: Backbone) -> list[list[float]]:
     """Return what a file remembers of how much fits into memory at once."""
-    return [list(astuple(budget)) for budget in (backbone.budget, backbone.answer_budget)]
+    return [[budget.tokens, budget.most] for budget in (backbone.budget, backbone.answer_budget)]
 
 
 def _some(reasons: Mapping[str, str]) -> str:

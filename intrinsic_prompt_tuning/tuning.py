@@ -249,9 +249,9 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
         begun = backbone.lm.begin(leaf, [e.input_ids for e in own])
         sums = backbone.lm.text_losses(begun, range(len(own)), [e.target_ids for e in own])
         means = sums / to_device([tokens[batch[n][0]] for n in numbers], soft_prompts.device)
-        (gradient,) = torch.autograd.grad(means.sum(), leaf)
+        means.sum().backward()
         # Row by row, so that it does not matter which passes a prompt's rows are in.
-        gradients.index_add_(0, at, gradient)
+        gradients.index_add_(0, at, leaf.grad)  # type: ignore[arg-type]
         losses.index_add_(0, at, means.detach())
 
     backbone.budget.in_passes([example.widths(soft_prompts.shape[1]) for _, example in batch], work)

@@ -255,7 +255,7 @@ STAGES = {
     "validating": (tuning, "validate", 2),
     "waiting for another process": (results.time, "sleep", 2),
     "finding a subspace": (finding, "_fit_step", 90),
-    "tuning vectors": (tuning, "step", 25),
+    "tuning vectors": (tuning, "step", 20),
     "scoring": (makers, "_answer_some", 3),
     "printing the table": (ipt, "make_report", 1),
 }

@@ -26,6 +26,7 @@ from test_causal import plain_logits, save_model
 from intrinsic_prompt_tuning.adapters import CONFIG, WEIGHTS
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.files import read_file
+from intrinsic_prompt_tuning.passes import FEW, IGNORE
 from intrinsic_prompt_tuning.tasks import Example, World
 
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -127,14 +128,16 @@ def our_logits(backbone: Backbone, prompt: torch.Tensor, row: Any) -> torch.Tens
         begun = backbone.lm.begin(prompt[None], [row.input_ids])
         backbone.lm.text_losses(begun, [0], [row.target_ids])
     hook.remove()
-    return torch.cat([out.view(-1, out.shape[-1]) for out in seen])
+    return torch.cat([out.view(-1, out.shape[-1]) for out in seen])[: len(row.target_ids)]
 
 
 def peft_logits(model: Any, row: Any) -> torch.Tensor:
     ids, target = torch.tensor([row.input_ids]), torch.tensor([row.target_ids])
     with torch.inference_mode():
         if model.config.is_encoder_decoder:
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=target).logits[0]
+            # As wide as our path makes them: a CPU rounds smaller products in another way.
+            labels = torch.nn.functional.pad(target, (0, max(0, FEW - target.shape[1])), value=IGNORE)
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).logits[0, : target.shape[1]]
         both = torch.cat([ids, target], dim=1)
         return model(input_ids=both, attention_mask=torch.ones_like(both)).logits[0, -target.shape[1] - 1 : -1]
 

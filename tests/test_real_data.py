@@ -144,7 +144,7 @@ def test_how_many_rows_are_cut_is_said(done: tuple[Path, Callable[..., Result], 
 def test_every_stage_leaves_its_files(done: tuple[Path, Callable[..., Result], Result]) -> None:
     (place,) = (path for path in done[0].iterdir() if path.name not in ("samples", "commands"))
     counts = {kind.name: len(list(kind.iterdir())) for kind in place.iterdir()}
-    assert counts == {"soft-prompts": 7, "subspaces": 3, "intrinsic-vectors": 3 * 7, "scores": 3 * 7 + 7 + 3 * 7 + 2 * 3}
+    assert counts == {"soft-prompts": 7, "subspaces": 2, "intrinsic-vectors": 2 * 7, "scores": 3 * 7 + 7 + 2 * 7 + 2 * 3}
     for path in place.glob("soft-prompts/*"):
         (tensor,) = safetensors.torch.load_file(path).values()
         assert tensor.shape[0] == PROMPT_LENGTH and tensor.isfinite().all()

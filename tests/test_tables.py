@@ -430,4 +430,4 @@ def test_a_table_keeps_the_settings_of_the_testbed_and_bad_ones_end_in_one_sente
     done = run_ipt(
         "collect", "--data", labelled(tmp_path / "fine.csv", 100), "--cache", tmp_path / "c", "--dry-run", "--processes", 1
     )
-    assert done.code == 0 and "at most 344 rows" in done.err, done.err  # 280 steps of one row, two validations of 32
+    assert done.code == 0 and "at most 528 rows" in done.err, done.err  # 400 steps of one row, four validations of 32
