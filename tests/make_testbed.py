@@ -1,7 +1,7 @@
 """Make the testbed: draw its tasks, pre-train the backbone that ships with the package, and ask it questions in words.
 
     python tests/make_testbed.py tasks                             # prints 120 rows such as those in tasks.yaml
-    python tests/make_testbed.py backbone --minutes 90 --out DIR   # a T5 of about a million parameters, and its tokenizer
+    python tests/make_testbed.py backbone --minutes 59 --out DIR   # a T5 of about a million parameters, and its tokenizer
     python tests/make_testbed.py report --out intrinsic_prompt_tuning/testbed
 
 The backbone learns to answer questions in words, such as `subject category then day next`, put in front of a sentence. What a
