@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEW = 4
-"""Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are repeated."""
+"""Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are filled up."""
 IGNORE = -100
 """The label of a position that is padding, as in transformers."""
 
@@ -86,7 +86,7 @@ def block(width: int) -> int:
 
     Padding adds zeros to sums, which is exact; but kernels of a CPU add up 16 numbers at a time and then the rest, and have
     others for the smallest matrices, so a zero too many can move a number from the rest into the sixteen. Measured with MKL and
-    AVX-512: tests/test_passes.py.
+    AVX-512; tests/test_tuning.py holds it.
     """
     return width // 16 if width >= 16 else -(width < 12)
 
