@@ -292,8 +292,8 @@ def cache_command(
     folder, rm = cache or user_cache(), do == "rm"
     files, sizes = cache_files(folder, query if rm else query or "*"), dict[tuple[Any, ...], list[int]]()
     for path, (kind, n_bytes) in files.items():
-        for group in ((path if rm else path.parts[0], kind), ("all", "")):
-            sizes.setdefault(group, []).append(n_bytes)
+        sizes.setdefault((path if rm else path.parts[0], kind), []).append(n_bytes)
+    sizes["all", ""] = [n_bytes for _, n_bytes in files.values()]
     echo(table_text("where|kind|files|size", [[*group, len(own), size(sum(own))] for group, own in sizes.items()]).rstrip())
     if rm and not yes and not sys.stdin.isatty():
         raise IptError("nothing was removed, as nobody can be asked here: add --yes")
