@@ -300,7 +300,7 @@ def train(
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(world)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=384, d_kv=32, d_ff=192, num_layers=3, num_decoder_layers=2, num_heads=4,
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=384, num_layers=3, num_decoder_layers=2, num_heads=4,
         dropout_rate=0.0, decoder_start_token_id=0, feed_forward_proj="relu", pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = T5ForConditionalGeneration.from_pretrained(folder) if resume else T5ForConditionalGeneration(config)
