@@ -194,8 +194,7 @@ class Experiment(Context):
             except IptError as error:
                 self.leave_out({path: str(error)})
                 continue
-            compared = (*shared, "initial_text")
-            differs = next((name for name in compared if result.header.get(name) != shared.get(name)), None)
+            differs = next((name for name in (*shared, "initial_text") if result.header.get(name) != shared.get(name)), None)
             others[f"another {differs}"] += bool(differs)
             if not differs:
                 fitting.append(result)

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +94,8 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         IptError: it is not a safetensors file of ipt, or is of another version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    _check_plain(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _parsed(path, file.metadata())[0]
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _parsed(path, file.metadata())[0]
 
 
 def read_file(path: Path) -> Content:
@@ -110,24 +104,26 @@ def read_file(path: Path) -> Content:
     Raises:
         IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.
     """
-    from safetensors import SafetensorError, safe_open
-
-    _check_plain(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, record, checksum = _parsed(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        header, record, checksum = _parsed(path, file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     if checksum != _checksum(header, record, tensors):
         raise _damaged(path, "its checksum is another")
     return header, record, tensors
 
 
-def _check_plain(path: Path) -> None:
-    """Refuse what is there but no file: a pipe would make its reader wait for ever."""
-    if path.exists() and not path.is_file():
-        raise _damaged(path, "it is no plain file")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; what cannot be read of it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.exists() and not path.is_file():  # a pipe would make its reader wait for ever
+            raise OSError("it is no plain file")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
 
 
 def _parsed(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -62,23 +62,19 @@ class Seq2Seq:
         labels, real = padded(texts, IGNORE, self.model.device, least=FEW)  # (texts, length)
         # Found on the host: a device that is asked makes the host wait for it.
         own = np.flatnonzero(real)
-        flat, of = (
-            to_device(np.resize(own, max(FEW, len(own))), self.model.device),
-            to_device(np.nonzero(real)[0], self.model.device),
-        )
+        filled, rows_of = np.resize(own, max(FEW, len(own))), np.nonzero(real)[0]
+        flat, of = (to_device(positions, self.model.device) for positions in (filled, rows_of))
         behind, decoder_ids = begun.of(rows), self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         # Only the texts' own tokens reach the vocabulary, the widest layer by far.
         head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),))
         try:
             logits = self.model(
                 encoder_outputs=(behind.states,), attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
-            ).logits[: len(own)]  # (text tokens, vocabulary)
+            ).logits  # (text tokens, filled up, vocabulary)
         finally:
             head.remove()
-        losses = torch.nn.functional.cross_entropy(
-            logits.float(), labels.flatten().index_select(0, flat[: len(own)]), reduction="none"
-        )
-        return losses.new_zeros(len(texts)).index_add(0, of, losses)
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels.flatten().index_select(0, flat), reduction="none")
+        return losses.new_zeros(len(texts)).index_add(0, of, losses[: len(own)])
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """Return greedily generated tokens of some rows, each at most so many."""

@@ -63,8 +63,7 @@ class Space:
         """Return `(Z P) * (1 + s) + b`, P being the basis and Z, s, b the parts of theta (ULPT)."""
         length, hidden = self.initial_prompt.shape
         z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
-        padded_z, basis = _not_few(z.reshape(len(theta) * length, -1), self.weights["basis"].T)
-        products = torch.nn.functional.linear(padded_z, basis)[: len(theta) * length].view(len(theta), length, hidden)
+        products = _product(z.reshape(len(theta) * length, -1), self.weights["basis"].T).view(-1, length, hidden)
         return torch.addcmul(b[:, None], products, 1 + s[:, None])
 
     def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
@@ -72,19 +71,18 @@ class Space:
         return (reconstructed - soft_prompts).pow(2).mean() / (soft_prompts - self.initial_prompt).pow(2).mean()
 
     def _linear(self, x: Tensor, layer: str) -> Tensor:
-        few_x, few_weight = _not_few(x, self.weights[f"{layer}.weight"])
-        return torch.nn.functional.linear(few_x, few_weight, self.weights[f"{layer}.bias"])[: len(x)]
+        return _product(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"])
 
 
-def _not_few(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of x (tasks, k) @ weight.T (k, n) with zeros added, as a CPU rounds small products otherwise than large.
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x (tasks, k) @ weight.T (k, n) + bias, with zeros added where it is small, as a CPU rounds small products otherwise.
 
     So no task comes to another thing, not by a bit, beside others than alone: tests/test_tuning.py.
     """
-    rows, columns = max(0, FEW - len(x)), max(0, 16 - x.shape[1])
-    if not rows and not columns:
-        return x, weight
-    return torch.nn.functional.pad(x, (0, columns, 0, rows)), torch.nn.functional.pad(weight, (0, columns))
+    filled, rows, columns = x, max(0, FEW - len(x)), max(0, 16 - x.shape[1])
+    if rows or columns:
+        filled, weight = torch.nn.functional.pad(x, (0, columns, 0, rows)), torch.nn.functional.pad(weight, (0, columns))
+    return torch.nn.functional.linear(filled, weight, bias)[: len(x)]
 
 
 def unit_of(soft_prompts: Tensor, initial_prompt: Tensor) -> float:
