@@ -95,7 +95,9 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
 
     def on_validation(job: Job, figures: dict[str, float]) -> None:
         about = {
-            name: value for name, value in begun[job].header.items() if name in ("kind", "task", "data_seed", "space", "dim")
+            name: value
+            for name, value in begun[job].header.items()
+            if name in ("kind", "task", "data_seed", "space", "dim", "try")
         }
         x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
 

@@ -145,7 +145,7 @@ def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     heads = "quantity|space|dim|runs|E_rel|gain|mean score|one task's deviation"
     cells = [[*(row[n] for n in ("quantity", "space", "dim", "n_runs")), *(both(row, n) for n in ("e_rel", "gain", "mean_score")),
               row["task_sd"]] for row in rows]  # fmt: skip
-    return "over runs with other initial prompts, starts, subspaces and data: mean +- standard deviation\n\n" + table_text(
+    return "over runs with other starts, orders of rows, subspaces and data: mean +- standard deviation\n\n" + table_text(
         heads, cells
     )
 
