@@ -87,6 +87,18 @@ def plain_loss(backbone: Backbone, prompt: Tensor, row: Encoded, text: list[int]
 
 
 @pytest.mark.parametrize("at", ["front", "end"])
+def test_in_bf16_losses_and_gradients_are_nearly_those_of_fp32(folders: dict[str, Path], tasks: dict[str, Task], at: Any) -> None:
+    found = []
+    for precision in ("fp32", "bf16"):
+        backbone = load_backbone(str(folders["llama"]), device="cpu", precision=precision, prompt_at=at)  # type: ignore[arg-type]
+        rows, prompts = rows_of(backbone, tasks), prompts_of(backbone, 2)
+        found.append(prompt_losses(backbone, prompts, [(n % 2, row) for n, row in enumerate(rows)]))
+    (losses, gradients), (half, half_gradients) = found
+    assert half.tolist() == pytest.approx(losses.tolist(), rel=0.02)
+    assert not half.equal(losses) and torch.cosine_similarity(gradients.flatten(), half_gradients.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("at", ["front", "end"])
 def test_losses_gradients_and_options_are_those_of_the_unpadded_computation(
     folders: dict[str, Path], family: str, tasks: dict[str, Task], at: Any
 ) -> None:

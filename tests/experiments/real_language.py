@@ -1,15 +1,20 @@
 """A pre-trained causal model on real tasks: where should the prompt stand, and what does the subspace recover?
 
     python tests/experiments/real_language.py placement --backbone DIR --data ../shared/crossfit-32
-    python tests/experiments/real_language.py subspaces --backbone DIR --data ../shared/crossfit-32
+    python tests/experiments/real_language.py defaults --backbone DIR --data ../shared/crossfit-32
+    python tests/experiments/real_language.py subspaces --backbone DIR --data ../shared/crossfit-32 ../shared/crossfit
 
 DIR holds a causal model, such as SmolLM2-135M-Instruct (README.md of this repository says where one is had without a download).
-Everything is kept in the cache, and the same command goes on where it was. Whatever is chosen is chosen on validation rows.
+Everything is kept in the cache, and the same command goes on where it was; given in two terminals, it is done by both. Whatever is
+chosen is chosen on validation rows.
 
 placement   equal steps on six tasks: prompt behind the input or in front, with the chat template or without, by learning rate.
+defaults    one setting changed at a time on eight tasks: prompt length, learning rate, steps, rows a step, initial text, placement.
 subspaces   what the paper measures. The rule for tasks, stated before any result: those with test rows and at most 12 options, the
-            shortest training inputs first; those fall out on whose validation rows a tuned prompt beats neither no prompt nor one
-            answer for all; of the rest eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0.
+            72 with the shortest training inputs (32 + 32 rows from the first folder, 16 + 16 of tasks that only the second has);
+            those fall out on whose validation rows a tuned prompt beats neither no prompt nor one answer for all; of the rest
+            eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Vectors have, in every space and
+            dim, the better of two learning rates by validation on other data of six seen tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -40,7 +47,7 @@ def placement(arguments: argparse.Namespace) -> None:
     """Print validation scores by placement, template and learning rate; then test scores of what validation chose."""
     for prompt_at, chat in VARIANTS:
         settings: dict[str, Any] = {
-            "backbone": arguments.backbone, "data": arguments.data, "cache": arguments.cache, "prompt_at": prompt_at, "chat": chat,
+            "backbone": arguments.backbone, "data": arguments.data[0], "cache": arguments.cache, "prompt_at": prompt_at, "chat": chat,
             "shots": 32, "prompt_length": 10, "test_rows": 100, "steps": 60, "batch_size": 4, "evaluations": 2, "patience": 0,
             "learning_rate": RATES[: 2 if prompt_at == "front" else 3],
         }  # fmt: skip
@@ -63,58 +70,91 @@ def placement(arguments: argparse.Namespace) -> None:
         print(f"{name}: validation {told}; test, rate by validation: {tested} (n={len(PLACEMENT_TASKS)})", flush=True)
 
 
+DEFAULTS_TASKS = (
+    "glue-sst2", "emo", "sms_spam", "tweet_eval-sentiment", "lama-conceptnet", "rotten_tomatoes", "ade_corpus_v2-classification",
+    "hate_speech18",
+)  # fmt: skip
+SHORT = {"prompt_length": 5, "initial_text": "Answer:"}
+CHANGES: tuple[dict[str, Any], ...] = (
+    {}, {"prompt_length": 5}, {"initial_text": "Answer:"}, SHORT, SHORT | {"learning_rate": [0.1]}, SHORT | {"learning_rate": [1.0]},
+    SHORT | {"steps": 200}, SHORT | {"batch_size": 8}, SHORT | {"chat": True}, SHORT | {"prompt_length": 20},
+    SHORT | {"prompt_at": "front"},
+)  # fmt: skip
+
+
+def defaults(arguments: argparse.Namespace) -> None:
+    """Print validation scores with one setting changed at a time, and what a job took."""
+    for change in CHANGES:
+        x = Experiment.of(settings(arguments) | {"data": arguments.data[0], "slots": 4} | change, ipt.Terminal())
+        prompts, start = x.soft_prompts(DEFAULTS_TASKS), time.perf_counter()
+        x.make(every(prompts.values()))
+        seconds = time.perf_counter() - start
+        records = [x.store.best(choice)[1] for choice in prompts.values()]
+        mean = {name: fmean(record[name] for record in records) for name in ("validation", "validation_loss", "last_loss")}
+        told = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
+        print(f"{json.dumps(change)}: {told} (n={len(records)}), {seconds:.0f} s", flush=True)
+
+
 def subspaces(arguments: argparse.Namespace) -> None:
-    """Run the whole experiment, the cheapest and most telling part first; the table is printed after each part."""
+    """Run the whole experiment, the most telling dims first; the table is printed after each part."""
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    split = arguments.cache / "split.yaml"
-    candidates = shortest_tasks(arguments.data, arguments.tasks)
+    data, split = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml"
     if not split.exists():
-        candidates_file = arguments.cache / "candidates.yaml"
-        candidates_file.write_text(json.dumps({"seen": candidates}), encoding="utf-8")
-        split.write_text(json.dumps(split_by_validation(experiment(arguments, candidates_file)), indent=1), encoding="utf-8")
-    x = experiment(arguments, split)
+        candidates = arguments.cache / "candidates.yaml"
+        candidates.write_text(json.dumps({"seen": shortest_tasks(data, arguments.tasks)}), encoding="utf-8")
+        found = split_by_validation(experiment(arguments, data, candidates))
+        split.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    x = experiment(arguments, data, split)
     seen, unseen = x.named("seen"), x.named("unseen")
     ipt.echo(f"{len(seen)} seen, {len(unseen)} unseen tasks ({', '.join(unseen)})")
     prompts = x.soft_prompts([*seen, *unseen])
     collection = {task: prompts[task] for task in seen}
     x.make([*every(prompts.values()), *(x.subspace("subspace", dim, collection) for dim in DIMS)])
     spaces, vectors = list[Result](), list[Choice]()
-    for dims in (DIMS[:2], DIMS[2:]):  # the ends first
+    for dims in (DIMS[:2], DIMS[2:]):
         new = [x.subspace(kind, dim, collection) for dim in dims for kind in ("subspace", "random")]
         new += [] if spaces else [x.subspace("low-rank", DIMS[0], collection)]
         spaces += new
-        x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[0.3, 0.1])
-        held_out = {space.name: list(x.intrinsic_vectors(unseen, COLLECTION_SEED, space).values()) for space in new}
-        for space in new:
-            x.make([space, *every(held_out[space.name])])
-            vectors += held_out[space.name]
-        tell(x, x.scores(prompts, spaces, vectors))
-        for space in new:
-            # Seen tasks are more: one rate each, that which validated best on the unseen tasks.
-            rate = best_rate(x, held_out[space.name])
-            ipt.echo(f"{space.header['space']} {space.header['dim']}: rate {rate} on other data of seen tasks")
-            x.rates = Rates(learning_rate=[0.3], vector_learning_rate=[rate])
-            other = list(x.intrinsic_vectors(seen, OTHER_SEED, space).values())
-            x.make(every(other))
-            vectors += other
-        tell(x, x.scores(prompts, spaces, vectors))
+        rates = {space.name: best_rate(x, space, seen[:RATE_TASKS]) for space in new}
+        for tasks, data_seed in ((unseen, COLLECTION_SEED), (seen, OTHER_SEED)):
+            own = list[Choice]()
+            for space in new:
+                x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rates[space.name]])
+                own += x.intrinsic_vectors(tasks, data_seed, space).values()
+            x.make([*new, *every(own)])
+            vectors += own
+            tell(x, x.scores(prompts, spaces, vectors))
 
 
 DIMS = (250, 10, 50, 5)
 OTHER_SEED = 21
+RATE_TASKS = 6
+VECTOR_RATES = [0.3, 0.1]
 
 
-def experiment(arguments: argparse.Namespace, split: Path) -> Experiment:
-    """Return the experiment on a split's tasks: prompts of 10 tokens, 5,760 numbers, behind the input."""
-    return Experiment.of(
-        {
-            "backbone": arguments.backbone, "data": arguments.data, "cache": arguments.cache, "split": str(split),
-            "prompt_at": "end", "chat": False, "shots": 32, "prompt_length": 10, "test_rows": 64, "steps": 60, "batch_size": 4,
-            "evaluations": 2, "patience": 0, "learning_rate": [0.3],
-            "subspace_steps": 80, "rows_per_task": 2,
-        },
-        ipt.Terminal(),
-    )  # fmt: skip
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the experiments share."""
+    return {
+        "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end",
+        "chat": False, "shots": 32, "prompt_length": 10, "test_rows": 64, "steps": 60, "batch_size": 4, "evaluations": 2,
+        "patience": 0, "learning_rate": [0.3],
+    }  # fmt: skip
+
+
+def experiment(arguments: argparse.Namespace, data: Path, split: Path) -> Experiment:
+    """Return the experiment on a split's tasks: prompts of 5 tokens, 2,880 numbers, behind the input."""
+    return Experiment.of(settings(arguments) | SHORT | {"data": data, "split": str(split), "slots": 8}, ipt.Terminal())
+
+
+def joined(folders: list[Path], to: Path) -> Path:
+    """Return a folder of links to the tasks of several, each to the first that has it; every K is called 32."""
+    for folder in folders:
+        for file in folder.glob("*/*.jsonl"):
+            link = to / file.parent.name / re.sub(r"_16_(\d+_(train|dev))", r"_32_\1", file.name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(file.resolve())
+    return to
 
 
 def shortest_tasks(data: Path, count: int) -> list[str]:
@@ -152,13 +192,17 @@ def split_by_validation(x: Experiment) -> dict[str, list[str]]:
     return {"seen": [task for task in good if task not in unseen], "unseen": unseen}
 
 
-def best_rate(x: Experiment, choices: list[Choice]) -> float:
-    """Return the learning rate with the best mean validation score over tasks; one that a solved task did not need counts as 1."""
-    by_rate: dict[float, list[float]] = {}
-    for result in every(choices):
-        there = x.store.path(result).exists()
-        by_rate.setdefault(result.header["learning_rate"], []).append(x.store.read(result)[0]["validation"] if there else 1.0)
-    return max(by_rate, key=lambda rate: fmean(by_rate[rate]))
+def best_rate(x: Experiment, space: Result, tasks: list[str]) -> float:
+    """Return the learning rate of vectors with the best mean validation score on other data of some seen tasks."""
+    by_rate = dict[float, float]()
+    for rate in VECTOR_RATES:
+        x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rate])
+        vectors = x.intrinsic_vectors(tasks, OTHER_SEED, space).values()
+        x.make([space, *every(vectors)])
+        by_rate[rate] = fmean(x.store.best(choice)[1]["validation"] for choice in vectors)
+    told = ", ".join(f"{rate:g} {score:.3f}" for rate, score in by_rate.items())
+    ipt.echo(f"{space.header['space']} {space.header['dim']}: validation by learning rate on {len(tasks)} tasks: {told}")
+    return max(by_rate, key=by_rate.__getitem__)
 
 
 def every(choices: Iterable[Choice]) -> list[Result]:
@@ -175,13 +219,16 @@ def tell(x: Experiment, scores: list[Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["placement", "subspaces"])
+    parser.add_argument("what", choices=["placement", "defaults", "subspaces"])
     parser.add_argument("--backbone", required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--cache", type=Path, default=Path("real-language"))
-    parser.add_argument("--tasks", type=int, default=40, help="candidates")
+    parser.add_argument("--tasks", type=int, default=72, help="candidates")
+    parser.add_argument(
+        "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
+    )
     arguments = parser.parse_args()
-    {"placement": placement, "subspaces": subspaces}[arguments.what](arguments)
+    {"placement": placement, "defaults": defaults, "subspaces": subspaces}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
