@@ -1,6 +1,7 @@
 """How fast is the engine on a causal model beside PEFT's prompt tuning?
 
     python tests/benchmark_causal.py                  # SmolLM2-135M's shape, 2 tasks: some minutes on 2 CPU cores
+    python tests/benchmark_causal.py --precision bf16 --tasks 64 --steps 10 --processes 1 2 4 8      # on a GPU
 
 Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Sides, in turn, medians of the repeats:
 
@@ -10,6 +11,7 @@ Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Si
     front  the engine, prompt in front
     end    the engine, prompt behind the input, each input having been through the model once before
     once   that one pass of all inputs of all steps, which a command pays a single time
+    AxK    with --processes: K processes of A at once on one device, each with its share of the tasks and a model of its own
 
 Ratios are of seconds for the same steps on as many rows.
 """
@@ -21,7 +23,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -114,16 +118,59 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
         Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([row.widths(20) for row in batch], work)
 
 
+def peft_process(
+    barrier: Any, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], steps: int, batch_size: int, threads: int
+) -> None:
+    """One of K: waits for the others before and after its work, so that the parent can time all of them."""
+    torch.set_num_threads(threads)
+    model = make()
+    peft_loop(model, rows[:1], 1, batch_size, full=False)  # warm
+    for _ in range(2):
+        barrier.wait()
+        peft_loop(model, rows, steps, batch_size, full=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        barrier.wait()
+
+
+def at_once(k: int, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], steps: int, batch_size: int) -> list[float]:
+    """Return the seconds that K processes of A need for all tasks together, of two rounds."""
+    context = torch.multiprocessing.get_context("spawn")
+    barrier, threads = context.Barrier(k + 1), max(1, torch.get_num_threads() // k)
+    shares = [rows[n::k] for n in range(k)]
+    processes = [context.Process(target=peft_process, args=(barrier, make, own, steps, batch_size, threads)) for own in shares]
+    for process in processes:
+        process.start()
+    seconds = []
+    for _ in range(2):
+        barrier.wait(600)
+        begin = time.perf_counter()
+        barrier.wait(600)
+        seconds.append(time.perf_counter() - begin)
+    for process in processes:
+        process.join()
+    return seconds
+
+
+def make_model(precision: str) -> torch.nn.Module:
+    """Return the frozen model, the same every time."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    return model.to(device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32", help="of the model, on all sides")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="K of AxK, at most as many as tasks")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(device).eval().requires_grad_(False)
+    model = make_model(arguments.precision)
+    device: torch.device = model.device
     rows, taken = make_rows(arguments.tasks), (arguments.steps, arguments.batch_size)
     front = engine(model, rows, "front", arguments.batch_size)
     end = engine(model, rows, "end", arguments.batch_size)
@@ -158,11 +205,13 @@ def main() -> None:
         print(
             f"{name}: {middle[name]:.2f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.2f}' for s in own)}"
         )
-    print(
-        ", ".join(
-            f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in ("a", "A", "bare")
-        )
-    )
+    others = ["a", "A", "bare"]
+    for k in arguments.processes:
+        both = at_once(k, partial(make_model, arguments.precision), rows, *taken)
+        others.append(f"Ax{k}")
+        middle[others[-1]] = min(both)
+        print(f"Ax{k}: {min(both):.2f} s, of {' '.join(f'{s:.2f}' for s in both)}")
+    print(", ".join(f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in others))
     for steps in (100, 1000):
         share = steps / arguments.steps
         whole = middle["once"] + share * middle["end"]
