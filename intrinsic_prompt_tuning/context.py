@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 Start = Literal["random", "seen"]
+ASKING = "Answer:"
+"""What a prompt between input and answer starts from (tests/experiments/README.md says what that is worth)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,13 @@ class Options:
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
     initial_text: Annotated[
-        str, Setting("What all soft prompts start from, repeated to their length.", shown_default="random words", panel=TUNING)
-    ] = ""
+        str | None,
+        Setting(
+            "What all soft prompts start from, repeated to their length; '' is random words.",
+            shown_default=f"'{ASKING}' behind the input, else random words",
+            panel=TUNING,
+        ),
+    ] = None
     shots: Annotated[
         int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000, panel=DATA)
     ] = 16
@@ -231,7 +238,13 @@ class Context:
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
         o = self.options
-        return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, o.initial_text), self.backbone.embedding_rms)
+        return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, self.initial_text), self.backbone.embedding_rms)
+
+    @property
+    def initial_text(self) -> str:
+        """What all soft prompts start from; empty: random words."""
+        given = self.options.initial_text
+        return given if given is not None else ASKING if self.backbone.prompt_at == "end" else ""
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -329,8 +342,8 @@ class Context:
         shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
         settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "decoding")}
         shared |= {"prompt_at": self.backbone.prompt_at, "chat": self.backbone.chat}
-        if self.options.initial_text:  # files without it are older
-            shared |= {"initial_text": self.options.initial_text}
+        if self.initial_text:  # files without it are older
+            shared |= {"initial_text": self.initial_text}
         return shared | settings | {"max_length": self.backbone.max_length, "kind": kind} | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:

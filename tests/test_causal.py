@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.settings import TESTBED
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example, Task, World
@@ -322,3 +323,17 @@ def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(IptError, match=rf"\({kind.lower()}\) (computes another loss|cannot be used)"):
         load_backbone(str(tmp_path), device="cpu")
+
+
+def test_a_prompt_behind_the_input_starts_from_a_text_that_asks_for_an_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+    def of(**more: Any) -> Experiment:
+        return Experiment.of({"backbone": str(folders["llama"]), "cache": tmp_path, "device": "cpu", "prompt_length": 5} | more)
+
+    behind, front, words = of(), of(prompt_at="front"), of(initial_text="")
+    tokens = behind.backbone.tokenizer("Answer:", add_special_tokens=False).input_ids
+    embeddings = behind.backbone.model.get_input_embeddings()(torch.tensor((5 * tokens)[:5]))
+    assert behind.prompt_space.initial_prompt.equal(embeddings)
+    assert behind.header("soft-prompt")["initial_text"] == "Answer:"
+    for x in (front, words):
+        assert "initial_text" not in x.header("soft-prompt")
+        assert not x.prompt_space.initial_prompt.equal(embeddings)

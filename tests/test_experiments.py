@@ -52,7 +52,7 @@ def test_real_language_prints_a_table_after_each_part(
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": [*NAMES[:2]], "unseen": [NAMES[2]]})
     for name, value in {"DIMS": (4, 2), "RATE_TASKS": 1, "VECTOR_RATES": [0.1, 0.3]}.items():
         monkeypatch.setattr(real_language, name, value)
-    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3}
+    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3, "backwards": False}
     arguments = argparse.Namespace(data=[tmp_path / "first", tmp_path / "second"], **about)
     real_language.subspaces(arguments)
     printed = capsys.readouterr().out

@@ -116,6 +116,7 @@ def subspaces(arguments: argparse.Namespace) -> None:
         new = [x.subspace(kind, dim, collection) for dim in dims for kind in ("subspace", "random")]
         new += [] if spaces else [x.subspace("low-rank", DIMS[0], collection)]
         spaces += new
+        new = new[::-1] if arguments.backwards else new
         rates = {space.name: best_rate(x, space, seen[:RATE_TASKS]) for space in new}
         for tasks, data_seed in ((unseen, COLLECTION_SEED), (seen, OTHER_SEED)):
             own = list[Choice]()
@@ -229,6 +230,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=72, help="candidates")
     parser.add_argument(
         "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
+    )
+    parser.add_argument(
+        "--backwards", action="store_true", help="the last space first: for one of two terminals, as stages are short"
     )
     arguments = parser.parse_args()
     {"placement": placement, "defaults": defaults, "subspaces": subspaces}[arguments.what](arguments)
