@@ -23,7 +23,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
-from intrinsic_prompt_tuning.settings import DATA, MACHINE, TESTBED, TUNING, Setting, settled, versions
+from intrinsic_prompt_tuning.settings import DATA, MACHINE, PLACED, TESTBED, TUNING, Setting, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import (
     TASKS_FILE,
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 Start = Literal["random", "seen"]
-ASKING = "Answer:"
-"""What a prompt between input and answer starts from (tests/experiments/README.md says what that is worth)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +68,17 @@ class Options:
     kind: Annotated[Kind | None, Setting("Of your tables without options.", shown_default="by their rows", panel=DATA)] = None
     tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
-    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
+    prompt_length: Annotated[
+        int | None,
+        Setting(
+            "Tokens of a soft prompt.", least=1, most=100_000, shown_default="10 behind the input, 100 in front", panel=TUNING
+        ),
+    ] = None
     initial_text: Annotated[
         str | None,
         Setting(
             "What all soft prompts start from, repeated to their length; '' is random words.",
-            shown_default=f"'{ASKING}' behind the input, else random words",
+            shown_default="'Answer:' behind the input, random words in front",
             panel=TUNING,
         ),
     ] = None
@@ -110,10 +113,10 @@ class Rates:
 
     learning_rate: Annotated[
         list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.", panel=TUNING)
-    ] = field(default_factory=lambda: [0.1])
+    ] = field(default_factory=lambda: [0.3])
     vector_learning_rate: Annotated[
         list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.", panel=TUNING)
-    ] = field(default_factory=lambda: [0.1])
+    ] = field(default_factory=lambda: [0.3])
     tries: Annotated[
         int,
         Setting(
@@ -198,7 +201,7 @@ class Context:
             o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compiled,
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
-        loaded.room(o.prompt_length)
+        loaded.room(self._placed("prompt_length", loaded.prompt_at))
         self._known_budgets = _budgets(loaded)
         return loaded
 
@@ -237,14 +240,22 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        o = self.options
-        return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, self.initial_text), self.backbone.embedding_rms)
+        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
+        return Space(initial, self.backbone.embedding_rms)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a soft prompt."""
+        return int(self._placed("prompt_length", self.backbone.prompt_at))
 
     @property
     def initial_text(self) -> str:
         """What all soft prompts start from; empty: random words."""
-        given = self.options.initial_text
-        return given if given is not None else ASKING if self.backbone.prompt_at == "end" else ""
+        return str(self._placed("initial_text", self.backbone.prompt_at))
+
+    def _placed(self, name: str, prompt_at: PromptAt) -> Any:
+        given = getattr(self.options, name)
+        return PLACED[prompt_at][name] if given is None else given
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -317,7 +328,7 @@ class Context:
         What is generated is at most twice as long as the longest reference of train and validation rows.
         """
         if (task, data_seed) not in self._encoded:
-            sample, length = self.sample(task, data_seed), self.options.prompt_length
+            sample, length = self.sample(task, data_seed), self.prompt_length
             known = self.backbone.encode([*sample.train, *sample.validation], prompt_length=length)
             limit = 2 * known[0].answer_limit
             self._encoded[task, data_seed] = [
@@ -335,12 +346,12 @@ class Context:
 
     def row_tokens(self, rows: Sequence[Example]) -> float:
         """Return about how many tokens a row of these is, its prompt among them: English has some four letters a token."""
-        return self.options.prompt_length + fmean(len(e.input) for e in rows) / 4
+        return self.prompt_length + fmean(len(e.input) for e in rows) / 4
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
         shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
-        settings = {name: getattr(self.options, name) for name in ("seed", "prompt_length", "decoding")}
+        settings = {"seed": self.options.seed, "prompt_length": self.prompt_length, "decoding": self.options.decoding}
         shared |= {"prompt_at": self.backbone.prompt_at, "chat": self.backbone.chat}
         if self.initial_text:  # files without it are older
             shared |= {"initial_text": self.initial_text}

@@ -15,9 +15,14 @@ TESTBED = "testbed"
 """The built-in world, the split of its tasks, and its backbone."""
 TESTBED_SETTINGS: dict[str, Any] = {
     "split": TESTBED, "prompt_length": 24, "initial_text": "_", "test_rows": 64, "steps": 400, "evaluations": 4, "batch_size": 1,
-    "learning_rate": [0.3], "subspace_steps": 120, "rows_per_task": 2,
+    "vector_learning_rate": [0.1], "subspace_steps": 120, "rows_per_task": 2,
 }  # fmt: skip
 """What holds on the testbed's backbone where nothing is given."""
+PLACED: dict[str, dict[str, Any]] = {
+    "front": {"prompt_length": 100, "initial_text": ""},
+    "end": {"prompt_length": 10, "initial_text": "Answer:"},
+}
+"""Where a prompt stands -> what then holds where nothing is given: the paper's, or what tests/experiments/README.md measured."""
 
 
 class Setting(NamedTuple):

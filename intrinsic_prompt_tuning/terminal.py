@@ -115,7 +115,7 @@ def option(kind: type, name: str, flag: str = "") -> Any:
     default = getattr(kind(), name)
     flag = flag or f"--{(setting.name or name).replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag]
-    shown = setting.shown_default or _shown(default, TESTBED_SETTINGS.get(name))
+    shown = _shown(setting.shown_default or default, TESTBED_SETTINGS.get(name))
     about = {"help": setting.help, "show_default": shown, "rich_help_panel": setting.panel or None}
     told = typer.Option(*names, min=setting.least, max=setting.most, **about)
     return Annotated[value if NoneType in get_args(value) else value | None, told]

@@ -107,7 +107,7 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
         lines: inputs, as `parse_input` reads them; a line that cannot be read gives a prediction with an error.
         default: the task of a line that names none.
     """
-    tasks, names, length = {name: x.task(name) for name in prompts}, list(prompts), x.options.prompt_length
+    tasks, names, length = {name: x.task(name) for name in prompts}, list(prompts), x.prompt_length
     known = {name: p.record if "answer_limit" in p.record else x.answering(name, COLLECTION_SEED) for name, p in prompts.items()}
     batch: list[tuple[int, Encoded] | Prediction] = []
     for number, line in enumerate(lines, 1):

@@ -48,7 +48,7 @@ def build(t5_folder: Path, tasks_file: Path, tmp_path: Path) -> Build:
     def build(**changes: Any) -> Experiment:
         given = {
             "backbone": str(t5_folder), "tasks_file": tasks_file, "split": "tiny", "prompt_length": 3, "shots": 4, "test_rows": 10,
-            "cache": tmp_path, "device": "cpu",
+            "cache": tmp_path, "device": "cpu", "learning_rate": [0.1], "vector_learning_rate": [0.1],
         }  # fmt: skip
         return Experiment.of(given | changes, Listener())
 

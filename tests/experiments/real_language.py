@@ -120,7 +120,10 @@ def subspaces(arguments: argparse.Namespace) -> None:
         rates = {space.name: best_rate(x, space, seen[:RATE_TASKS]) for space in new}
         for tasks, data_seed in ((unseen, COLLECTION_SEED), (seen, OTHER_SEED)):
             own = list[Choice]()
-            for space in new:
+            # Seen tasks are many, so there the rivals have one dim.
+            for space in (
+                new if tasks is unseen else [s for s in new if s.header["space"] == "subspace" or s.header["dim"] == DIMS[0]]
+            ):
                 x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rates[space.name]])
                 own += x.intrinsic_vectors(tasks, data_seed, space).values()
             x.make([*new, *every(own)])
