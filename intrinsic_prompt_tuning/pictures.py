@@ -90,6 +90,7 @@ def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[st
     Across dim: in the spaces of the most seen tasks that any was tuned in. Across seen_tasks: of unseen tasks, in spaces of
     several numbers of seen ones.
     """
+    rows = [row for row in rows if row["space"] in SPACES]  # prompts that began at a vector are in no space
     seen = {score.header["subspace"]: len(score.inputs) for score in scores if score.header["stage"] in ("mean", "nearest")}
     spaces = [choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]
     seen |= {space.name: len(space.header["prompts"]) for space in spaces}

@@ -41,6 +41,7 @@ def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFact
     for command in (
         ("collect", "--steps", 60, "--learning-rate", 0.3), ("fit-subspace", *wide, "--subspace-steps", 3), ("tune", *SHORT, *wide, "--seen", "--data-seed", 21),
         ("tune", *SHORT, *wide, "--unseen"), ("tune", *SHORT, *wide, "--unseen", "--space", "random"),
+        ("collect", *SHORT, "--start", "subspace", "--task", "day-then-count"),  # in the table, in no picture
         ("fit-subspace", "--split", fewer, "--dim", 4, "--subspace-steps", 3),
     ):  # fmt: skip
         assert cli(*command).code == 0, command
