@@ -48,7 +48,7 @@ def placement(arguments: argparse.Namespace) -> None:
     for prompt_at, chat in VARIANTS:
         settings: dict[str, Any] = {
             "backbone": arguments.backbone, "data": arguments.data[0], "cache": arguments.cache, "prompt_at": prompt_at, "chat": chat,
-            "shots": 32, "prompt_length": 10, "test_rows": 100, "steps": 60, "batch_size": 4, "evaluations": 2, "patience": 0,
+            "shots": 32, "prompt_length": 10, "initial_text": "", "test_rows": 100, "steps": 60, "batch_size": 4, "evaluations": 2, "patience": 0,
             "learning_rate": RATES[: 2 if prompt_at == "front" else 3],
         }  # fmt: skip
         x = Experiment.of(settings, ipt.Terminal())
@@ -118,12 +118,11 @@ def subspaces(arguments: argparse.Namespace) -> None:
         spaces += new
         new = new[::-1] if arguments.backwards else new
         rates = {space.name: best_rate(x, space, seen[:RATE_TASKS]) for space in new}
-        for tasks, data_seed in ((unseen, COLLECTION_SEED), (seen, OTHER_SEED)):
+        # Seen tasks are many, so there the rivals have one dim.
+        some = [space for space in new if space.header["space"] == "subspace" or space.header["dim"] == DIMS[0]]
+        for tasks, data_seed, tuned_in in ((unseen, COLLECTION_SEED, new), (seen, OTHER_SEED, some)):
             own = list[Choice]()
-            # Seen tasks are many, so there the rivals have one dim.
-            for space in (
-                new if tasks is unseen else [s for s in new if s.header["space"] == "subspace" or s.header["dim"] == DIMS[0]]
-            ):
+            for space in tuned_in:
                 x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rates[space.name]])
                 own += x.intrinsic_vectors(tasks, data_seed, space).values()
             x.make([*new, *every(own)])
@@ -141,7 +140,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the experiments share."""
     return {
         "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end",
-        "chat": False, "shots": 32, "prompt_length": 10, "test_rows": 64, "steps": 60, "batch_size": 4, "evaluations": 2,
+        "chat": False, "shots": 32, "prompt_length": 10, "initial_text": "", "test_rows": 64, "steps": 60, "batch_size": 4, "evaluations": 2,
         "patience": 0, "learning_rate": [0.3], "subspace_steps": 80, "rows_per_task": 2,
     }  # fmt: skip
 
