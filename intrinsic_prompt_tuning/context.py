@@ -23,7 +23,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
-from intrinsic_prompt_tuning.settings import DATA, MACHINE, PLACED, TESTBED, TUNING, Setting, settled, versions
+from intrinsic_prompt_tuning.settings import DATA, MACHINE, PLACED, TESTBED, TUNING, Setting, placed, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import (
     TASKS_FILE,
@@ -70,15 +70,13 @@ class Options:
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[
         int | None,
-        Setting(
-            "Tokens of a soft prompt.", least=1, most=100_000, shown_default="10 behind the input, 100 in front", panel=TUNING
-        ),
+        Setting("Tokens of a soft prompt.", least=1, most=100_000, shown_default=placed("prompt_length"), panel=TUNING),
     ] = None
     initial_text: Annotated[
         str | None,
         Setting(
             "What all soft prompts start from, repeated to their length; '' is random words.",
-            shown_default="'Answer:' behind the input, random words in front",
+            shown_default=placed("initial_text"),
             panel=TUNING,
         ),
     ] = None

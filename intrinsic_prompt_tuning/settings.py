@@ -25,6 +25,11 @@ PLACED: dict[str, dict[str, Any]] = {
 """Where a prompt stands -> what then holds where nothing is given: the paper's, or what tests/experiments/README.md measured."""
 
 
+def placed(name: str) -> str:
+    """Return as help shows it what holds where a prompt stands."""
+    return f"{PLACED['end'][name]} behind the input, {PLACED['front'][name] or 'random words'} in front"
+
+
 class Setting(NamedTuple):
     """What the command line says of a field, and what it allows."""
 

@@ -26,13 +26,14 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
-from intrinsic_prompt_tuning.context import COLLECTION_SEED, Rates
+from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.report import make_report
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -46,12 +47,9 @@ RATES = [0.1, 0.3, 1.0]
 def placement(arguments: argparse.Namespace) -> None:
     """Print validation scores by placement, template and learning rate; then test scores of what validation chose."""
     for prompt_at, chat in VARIANTS:
-        settings: dict[str, Any] = {
-            "backbone": arguments.backbone, "data": arguments.data[0], "cache": arguments.cache, "prompt_at": prompt_at, "chat": chat,
-            "shots": 32, "prompt_length": 10, "initial_text": "", "test_rows": 100, "steps": 60, "batch_size": 4, "evaluations": 2, "patience": 0,
-            "learning_rate": RATES[: 2 if prompt_at == "front" else 3],
-        }  # fmt: skip
-        x = Experiment.of(settings, ipt.Terminal())
+        change = {"data": arguments.data[0], "prompt_at": prompt_at, "chat": chat, "test_rows": 100}
+        change["learning_rate"] = RATES[: 2 if prompt_at == "front" else 3]
+        x = Experiment.of(settings(arguments) | change, ipt.Terminal())
         prompts = x.soft_prompts(PLACEMENT_TASKS)
         x.make([result for choice in prompts.values() for result in choice])
         by_rate: dict[float, list[float]] = {}
@@ -123,7 +121,7 @@ def subspaces(arguments: argparse.Namespace) -> None:
         for tasks, data_seed, tuned_in in ((unseen, COLLECTION_SEED, new), (seen, OTHER_SEED, some)):
             own = list[Choice]()
             for space in tuned_in:
-                x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rates[space.name]])
+                x.rates = replace(x.rates, vector_learning_rate=[rates[space.name]])
                 own += x.intrinsic_vectors(tasks, data_seed, space).values()
             x.make([*new, *every(own)])
             vectors += own
@@ -202,7 +200,7 @@ def best_rate(x: Experiment, space: Result, tasks: list[str]) -> float:
     """Return the learning rate of vectors with the best mean validation score on other data of some seen tasks."""
     by_rate = dict[float, float]()
     for rate in VECTOR_RATES:
-        x.rates = Rates(learning_rate=x.rates.learning_rate, vector_learning_rate=[rate])
+        x.rates = replace(x.rates, vector_learning_rate=[rate])
         vectors = x.intrinsic_vectors(tasks, OTHER_SEED, space).values()
         x.make([space, *every(vectors)])
         by_rate[rate] = fmean(x.store.best(choice)[1]["validation"] for choice in vectors)
