@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PromptAt = Literal["front", "end"]
-KeysAndValues = list[tuple["Tensor", "Tensor"]]
-"""Of each layer: keys and values (heads, length, dim) of one row, without padding."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,11 @@ class Causal:
         # Versions of transformers differ in the name.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.memory = available_memory(model.device) / 4 if memory is None else memory
-        self.kept: OrderedDict[tuple[int, ...], KeysAndValues] = OrderedDict()
-        self._kept_bytes = 0.0
+        self.kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        """Of each input: keys and values of all layers, side by side: (length, features)."""
+        self._kept_bytes = 0
+        self._shapes: list[tuple[int, int]] = []
+        """Heads and dim of each layer's keys, then of its values."""
 
     def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
         """Take soft prompts (rows, prompt_length, hidden), float32, and inputs, one list a row, none empty."""
@@ -132,33 +133,35 @@ class Causal:
             self._keep(key, rows[key])
         lengths = [len(key) for key in keys]
         real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        # One tensor a row: a GPU would wait for the host if each row had one for each layer.
+        together = torch.nn.utils.rnn.pad_sequence([rows[key] for key in keys], batch_first=True)  # (rows, length, features)
+        parts = together.split([heads * dim for heads, dim in self._shapes], dim=2)
+        parts = [part.unflatten(2, shape).transpose(1, 2) for part, shape in zip(parts, self._shapes, strict=True)]
         cache: Any = transformers.DynamicCache()
-        for number in range(len(rows[keys[0]])):
-            parts = ([rows[key][number][which].transpose(0, 1) for key in keys] for which in (0, 1))
-            padded_parts = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts)
-            cache.update(*padded_parts, number)  # (rows, heads, length, dim) each
+        for number in range(len(parts) // 2):
+            cache.update(*parts[2 * number : 2 * number + 2], number)  # (rows, heads, length, dim) each
         return cache, real
 
-    def _run_inputs(self, inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KeysAndValues]:
+    def _run_inputs(self, inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
         ids, real = padded(inputs, self.pad_token_id, self.model.device)
         cache: Any = transformers.DynamicCache()
         with torch.no_grad():
             nothing = np.zeros((len(inputs), 0), dtype=bool)
             self.logits(self.model.get_input_embeddings()(ids), real, cache, nothing, np.arange(1))
-        return {
-            key: [(layer.keys[i, :, : len(key)].clone(), layer.values[i, :, : len(key)].clone()) for layer in cache.layers]
-            for i, key in enumerate(inputs)
-        }
+        parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        self._shapes = [(part.shape[1], part.shape[3]) for part in parts]
+        together = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2)
+        return {key: together[i, : len(key)].clone() for i, key in enumerate(inputs)}
 
-    def _keep(self, key: tuple[int, ...], row: KeysAndValues) -> None:
+    def _keep(self, key: tuple[int, ...], row: Tensor) -> None:
         """Remember an input, and forget the one that was used the longest ago when memory is full."""
         if key in self.kept:
             self.kept.move_to_end(key)
             return
         self.kept[key] = row
-        self._kept_bytes += _bytes(row)
+        self._kept_bytes += row.nbytes
         while self._kept_bytes > self.memory:
-            self._kept_bytes -= _bytes(self.kept.popitem(last=False)[1])
+            self._kept_bytes -= self.kept.popitem(last=False)[1].nbytes
 
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
         """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
@@ -211,7 +214,3 @@ class Causal:
             logits = self.logits(embeddings, one, behind.cache, mask, np.arange(len(rows)))
             mask = torch.cat([mask, to_device(one, mask.device)], dim=1)
         return [written[:limit] for written, limit in zip(tokens, limits, strict=True)]
-
-
-def _bytes(row: KeysAndValues) -> float:
-    return float(sum(part.numel() * part.element_size() for layer in row for part in layer))

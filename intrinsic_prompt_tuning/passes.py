@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import np, torch
+from intrinsic_prompt_tuning.ranks import n_neighbours
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,11 +125,11 @@ def memory_share() -> float:
 
 
 def available_memory(device: torch.device) -> float:
-    """Return about how many bytes are free."""
+    """Return about how many bytes are free for this process, ranks on the same device sharing alike."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return float(torch.cuda.mem_get_info(device)[0]) / -(-n_neighbours() // torch.cuda.device_count())
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / n_neighbours()
     except (ValueError, OSError, AttributeError):
         return 4e9
 

@@ -24,6 +24,11 @@ def n_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def n_neighbours() -> int:
+    """Return how many of them share this machine: all, unless torchrun says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks()))
+
+
 def own_share(costs: Sequence[float]) -> list[int]:
     """Return which pieces of work are this rank's, when the costliest go first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(n_ranks())]

@@ -1,7 +1,7 @@
 """How fast is the engine on a causal model beside PEFT's prompt tuning?
 
     python tests/benchmark_causal.py                  # SmolLM2-135M's shape, 2 tasks: some minutes on 2 CPU cores
-    python tests/benchmark_causal.py --precision bf16 --tasks 64 --steps 10 --processes 1 2 4 8      # on a GPU
+    python tests/benchmark_causal.py --precision bf16 --tasks 32 --steps 10 --processes 2 4 8        # on a GPU
 
 Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Sides, in turn, medians of the repeats:
 
@@ -39,6 +39,7 @@ from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, minibatch, step
 
+SIDES = ("a", "A", "bare", "front", "once", "end")
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
@@ -160,6 +161,35 @@ def make_model(precision: str) -> torch.nn.Module:
     return model.to(device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
 
 
+def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: list[list[Encoded]]) -> None:
+    """Print medians, the seconds of K processes, and the ratios."""
+    middle = {name: statistics.median(own) for name, own in seconds.items()}
+    for name, own in seconds.items():
+        print(
+            f"{name}: {middle[name]:.3f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.3f}' for s in own)}"
+        )
+    others = [name for name in ("a", "A", "bare") if name in middle]
+    for k in arguments.processes:
+        both = at_once(k, partial(make_model, arguments.precision), rows, arguments.steps, arguments.batch_size)
+        others.append(f"Ax{k}")
+        middle[others[-1]] = min(both)
+        print(f"Ax{k}: {min(both):.3f} s, of {' '.join(f'{s:.3f}' for s in both)}")
+    print(
+        ", ".join(
+            f"{other}/{name} {middle[other] / middle[name]:.2f}"
+            for name in ("front", "end")
+            if name in middle
+            for other in others
+        )
+    )
+    for steps in (100, 1000) if {"a", "A", "once", "end"} <= middle.keys() else ():
+        share = steps / arguments.steps
+        whole = middle["once"] + share * middle["end"]
+        print(
+            f"{steps} steps with the one pass of all inputs: A/end {share * middle['A'] / whole:.2f}, a/end {share * middle['a'] / whole:.2f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=2)
@@ -167,57 +197,46 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32", help="of the model, on all sides")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="K of AxK, at most as many as tasks")
     arguments = parser.parse_args()
     model = make_model(arguments.precision)
     device: torch.device = model.device
-    rows, taken = make_rows(arguments.tasks), (arguments.steps, arguments.batch_size)
+    rows, dtype = make_rows(arguments.tasks), {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
     front = engine(model, rows, "front", arguments.batch_size)
     end = engine(model, rows, "end", arguments.batch_size)
-    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, torch.float32) / 1e9:.0f} GFLOP/s")
+    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, dtype) / 1e9:,.0f} GFLOP/s")
 
-    def once() -> None:
+    def once(_: int) -> None:
         end[0].lm.kept.clear()
-        end[0].lm._kept_bytes = 0.0
+        end[0].lm._kept_bytes = 0
         inputs = [own[n].input_ids for own in rows for n in range(len(own))]
-        for start in range(0, len(inputs), 8):
+        many = 8 if device.type == "cpu" else 128
+        for start in range(0, len(inputs), many):
             with torch.no_grad():
-                end[0].lm._inputs_once(inputs[start : start + 8])
+                end[0].lm._inputs_once(inputs[start : start + many])
 
-    sides: dict[str, Callable[[], None]] = {
-        "a": lambda: peft_loop(model, rows, *taken, full=True),
-        "A": lambda: peft_loop(model, rows, *taken, full=False),
-        "bare": lambda: bare_loop(model, rows, *taken),
-        "front": lambda: steps_of(front, arguments.steps),
+    sides: dict[str, Callable[[int], None]] = {
+        "a": lambda steps: peft_loop(model, rows, steps, arguments.batch_size, full=True),
+        "A": lambda steps: peft_loop(model, rows, steps, arguments.batch_size, full=False),
+        "bare": lambda steps: bare_loop(model, rows, steps, arguments.batch_size),
+        "front": lambda steps: steps_of(front, steps),
         "once": once,
-        "end": lambda: steps_of(end, arguments.steps),
+        "end": lambda steps: steps_of(end, steps),
     }
+    sides = {name: side for name, side in sides.items() if name in arguments.sides}
+    if device.type == "cuda":
+        for side in sides.values():
+            side(1)  # warm
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):
         for name, side in sides.items():
             begin = time.perf_counter()
-            side()
+            side(arguments.steps)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
-    middle = {name: statistics.median(own) for name, own in seconds.items()}
-    for name, own in seconds.items():
-        print(
-            f"{name}: {middle[name]:.2f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.2f}' for s in own)}"
-        )
-    others = ["a", "A", "bare"]
-    for k in arguments.processes:
-        both = at_once(k, partial(make_model, arguments.precision), rows, *taken)
-        others.append(f"Ax{k}")
-        middle[others[-1]] = min(both)
-        print(f"Ax{k}: {min(both):.2f} s, of {' '.join(f'{s:.2f}' for s in both)}")
-    print(", ".join(f"{other}/{name} {middle[other] / middle[name]:.2f}" for name in ("front", "end") for other in others))
-    for steps in (100, 1000):
-        share = steps / arguments.steps
-        whole = middle["once"] + share * middle["end"]
-        print(
-            f"{steps} steps with the one pass of all inputs: A/end {share * middle['A'] / whole:.2f}, a/end {share * middle['a'] / whole:.2f}"
-        )
+    tell(seconds, arguments, rows)
 
 
 if __name__ == "__main__":

@@ -43,22 +43,21 @@ def test_real_language_prints_a_table_after_each_part(
     real_language = script("real_language")
     (model := tmp_path / "model").mkdir()
     save_model(model, "llama", world)
-    write_few_shot(tmp_path / "first", tasks[NAMES[0]], 32, (100, 21))
+    write_few_shot(tmp_path / "first", tasks[NAMES[0]], 32, (100, 21, 42))
     for name in NAMES:
-        write_few_shot(tmp_path / "second", tasks[name], 16, (100, 21))
+        write_few_shot(tmp_path / "second", tasks[name], 16, (100, 21, 42))
     usual = real_language.settings
     fewer = {"steps": 2, "evaluations": 1, "subspace_steps": 1, "test_rows": 4}
     monkeypatch.setattr(real_language, "settings", lambda arguments: usual(arguments) | fewer)
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": [*NAMES[:2]], "unseen": [NAMES[2]]})
-    for name, value in {"DIMS": (4, 2), "RATE_TASKS": 1, "VECTOR_RATES": [0.1, 0.3]}.items():
-        monkeypatch.setattr(real_language, name, value)
-    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3, "backwards": False}
+    monkeypatch.setattr(real_language, "SPACES", (("random", 4), ("subspace", 4), ("subspace", 2)))
+    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3, "seeds": 2, "gpu_share": 1.0}
     arguments = argparse.Namespace(data=[tmp_path / "first", tmp_path / "second"], **about)
     real_language.subspaces(arguments)
     printed = capsys.readouterr().out
     assert sorted(json.loads((tmp_path / "cache" / "candidates.yaml").read_text(encoding="utf-8"))["seen"]) == sorted(NAMES)
-    assert printed.count("T_test(IST)") >= 2 and printed.count("T_train_diff(IST)") >= 1
-    assert "random 4: validation by learning rate on 1 tasks: 0.1" in printed
+    assert printed.count("T_test(IST)") >= 2 * 3 and printed.count("T_train_diff(IST)") >= 2 * 3
+    assert printed.index("seed 0") < printed.index("seed 1") < printed.index("over runs with other starts")
     own = (tmp_path / "cache" / "data" / NAMES[0] / f"{NAMES[0]}_32_100_train.jsonl").resolve()
     assert own == (tmp_path / "first" / NAMES[0] / own.name).resolve()  # the first folder's, where both have a task
     real_language.subspaces(arguments)

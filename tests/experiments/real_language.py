@@ -5,38 +5,45 @@
     python tests/experiments/real_language.py subspaces --backbone DIR --data ../shared/crossfit-32 ../shared/crossfit
 
 DIR holds a causal model, such as SmolLM2-135M-Instruct (README.md of this repository says where one is had without a download).
-Everything is kept in the cache, and the same command goes on where it was; given in two terminals, it is done by both. Whatever is
-chosen is chosen on validation rows.
+Everything is kept in the cache, and the same command goes on where it was; given in several terminals, it is done by all. On one
+GPU, `--gpu-share 0.2` lets five of them share its memory. Whatever is chosen is chosen on validation rows.
 
 placement   equal steps on six tasks: prompt behind the input or in front, with the chat template or without, by learning rate.
-defaults    one setting changed at a time on eight tasks: prompt length, learning rate, steps, rows a step, initial text, placement.
+defaults    one setting changed at a time on twenty tasks: learning rate, steps, placement, template, prompt length.
 subspaces   what the paper measures. The rule for tasks, stated before any result: those with test rows and at most 12 options, the
-            72 with the shortest training inputs (32 + 32 rows from the first folder, 16 + 16 of tasks that only the second has);
-            those fall out on whose validation rows a tuned prompt beats neither no prompt nor one answer for all; of the rest
-            eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Vectors have, in every space and
-            dim, the best of three learning rates by validation on other data of five seen tasks.
+            `--tasks` with the shortest training inputs (32 + 32 rows from the first folder, 16 + 16 of tasks that only the second
+            has); those fall out on whose validation rows a tuned prompt beats neither no prompt nor one answer for all; of the rest
+            eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Prompts and vectors alike have the
+            better of two learning rates, task by task.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import random
 import re
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
+from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.metrics import METRICS
-from intrinsic_prompt_tuning.report import make_report
+from intrinsic_prompt_tuning.report import make_report, spread_text
 from intrinsic_prompt_tuning.results import Choice, Result
+from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks
 
 PLACEMENT_TASKS = ("glue-sst2", "emo", "sms_spam", "tweet_eval-sentiment", "kilt_fever", "numer_sense")
@@ -49,7 +56,7 @@ def placement(arguments: argparse.Namespace) -> None:
     for prompt_at, chat in VARIANTS:
         change = {"data": arguments.data[0], "prompt_at": prompt_at, "chat": chat, "test_rows": 100}
         change["learning_rate"] = RATES[: 2 if prompt_at == "front" else 3]
-        x = Experiment.of(settings(arguments) | change, ipt.Terminal())
+        x = experiment(arguments, change)
         prompts = x.soft_prompts(PLACEMENT_TASKS)
         x.make([result for choice in prompts.values() for result in choice])
         by_rate: dict[float, list[float]] = {}
@@ -70,84 +77,134 @@ def placement(arguments: argparse.Namespace) -> None:
 
 DEFAULTS_TASKS = (
     "glue-sst2", "emo", "sms_spam", "tweet_eval-sentiment", "lama-conceptnet", "rotten_tomatoes", "ade_corpus_v2-classification",
-    "hate_speech18",
+    "hate_speech18", "ag_news", "kilt_trex", "lama-trex", "qasc", "google_wellformed_query", "glue-cola", "tweet_eval-hate", "wikisql",
+    "squad-no_context", "mc_taco", "medical_questions_pairs", "kilt_nq",
 )  # fmt: skip
-START = {"initial_text": "Answer:"}
-SHORT = START | {"prompt_length": 5}
+FRONT = {"prompt_at": "front", "prompt_length": 100, "initial_text": ""}
 CHANGES: tuple[dict[str, Any], ...] = (
-    {}, {"prompt_length": 5}, START, SHORT, *(SHORT | {"learning_rate": [rate]} for rate in (0.1, 1.0, 3.0)),
-    START | {"learning_rate": [1.0]}, SHORT | {"learning_rate": [1.0], "steps": 200}, SHORT | {"learning_rate": [1.0], "batch_size": 8},
-    SHORT | {"learning_rate": [1.0], "chat": True}, SHORT | {"learning_rate": [1.0], "prompt_at": "front"},
+    {}, {"steps": 1000}, {"learning_rate": [1.0]}, {"chat": True}, FRONT, {"learning_rate": [0.1]}, {"steps": 500}, {"prompt_length": 20},
+    {"prompt_at": "front"}, {"steps": 1000, "learning_rate": [0.1]}, {"prompt_length": 5}, {"steps": 1000, "chat": True},
+    FRONT | {"steps": 1000}, {"initial_text": ""}, {"steps": 1000, "learning_rate": [1.0]}, {"steps": 100}, {"prompt_length": 50},
 )  # fmt: skip
 
 
 def defaults(arguments: argparse.Namespace) -> None:
-    """Print validation scores with one setting changed at a time, and what a job took."""
+    """Print scores with one setting changed at a time, and what the jobs took."""
     for change in CHANGES:
-        x = Experiment.of(settings(arguments) | {"data": arguments.data[0], "slots": 4} | change, ipt.Terminal())
+        if not begins(arguments.cache, json.dumps(change)):
+            continue
+        x = experiment(arguments, {"data": arguments.data[0], "learning_rate": [0.3], "slots": len(DEFAULTS_TASKS)} | change)
         prompts, start = x.soft_prompts(DEFAULTS_TASKS), time.perf_counter()
         x.make(every(prompts.values()))
         seconds = time.perf_counter() - start
         records = [x.store.best(choice)[1] for choice in prompts.values()]
-        mean = {name: fmean(record[name] for record in records) for name in ("validation", "validation_loss", "last_loss")}
+        mean = {
+            name: fmean(record[name] for record in records)
+            for name in ("validation", "validation_loss", "last_loss", "best_step")
+        }
+        scores = x.scores(prompts, [], [])
+        x.make(scores)
+        tested: dict[str, list[float]] = {}
+        for score in scores:
+            tested.setdefault(f"test, {score.header['stage']}", []).append(x.store.read(score)[0]["score"])
+        mean |= {stage: fmean(values) for stage, values in tested.items()}
         told = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
         print(f"{json.dumps(change)}: {told} (n={len(records)}), {seconds:.0f} s", flush=True)
 
 
 def subspaces(arguments: argparse.Namespace) -> None:
-    """Run the whole experiment, the most telling dims first; the table is printed after each part."""
+    """Run the whole experiment, once a seed, and print a table of each and how they differ."""
     arguments.cache.mkdir(parents=True, exist_ok=True)
     data, split = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml"
     if not split.exists():
         candidates = arguments.cache / "candidates.yaml"
-        candidates.write_text(json.dumps({"seen": shortest_tasks(data, arguments.tasks)}), encoding="utf-8")
-        found = split_by_validation(experiment(arguments, data, candidates))
-        split.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    x = experiment(arguments, data, split)
+        write_text(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}))
+        found = split_by_validation(experiment(arguments, {"data": data, "split": str(candidates)}))
+        write_text(split, json.dumps(found, indent=1))
+    x, reports = experiment(arguments, {"data": data, "split": str(split)}), []
+    ipt.echo(f"{len(x.named('seen'))} seen, {len(x.named('unseen'))} unseen tasks ({', '.join(x.named('unseen'))})")
+    for seed in range(arguments.seeds):
+        ipt.echo(f"seed {seed}")
+        reports.append(one_seed(x.with_seeds(seed), OTHER_SEEDS[seed]))
+    if len(reports) > 1:
+        ipt.echo(spread_text(spread(reports)))
+
+
+def one_seed(x: Experiment, other_seed: int) -> dict[str, Any]:
+    """Tune, find subspaces, tune in them on unseen tasks and on other data of the seen ones; print the table and return it."""
     seen, unseen = x.named("seen"), x.named("unseen")
-    ipt.echo(f"{len(seen)} seen, {len(unseen)} unseen tasks ({', '.join(unseen)})")
     prompts = x.soft_prompts([*seen, *unseen])
     collection = {task: prompts[task] for task in seen}
-    x.make([*every(prompts.values()), *(x.subspace("subspace", dim, collection) for dim in DIMS)])
-    spaces, vectors = list[Result](), list[Choice]()
-    for dims in (DIMS[:2], DIMS[2:]):
-        new = [x.subspace(kind, dim, collection) for dim in dims for kind in ("subspace", "random")]
-        new += [] if spaces else [x.subspace("low-rank", DIMS[0], collection)]
-        spaces += new
-        new = new[::-1] if arguments.backwards else new
-        rates = {space.name: best_rate(x, space, seen[:RATE_TASKS]) for space in new}
-        # Seen tasks are many, so there the rivals have one dim.
-        some = [space for space in new if space.header["space"] == "subspace" or space.header["dim"] == DIMS[0]]
-        for tasks, data_seed, tuned_in in ((unseen, COLLECTION_SEED, new), (seen, OTHER_SEED, some)):
-            own = list[Choice]()
-            for space in tuned_in:
-                x.rates = replace(x.rates, vector_learning_rate=[rates[space.name]])
-                own += x.intrinsic_vectors(tasks, data_seed, space).values()
-            x.make([*new, *every(own)])
-            vectors += own
-            tell(x, x.scores(prompts, spaces, vectors))
+    spaces = [x.subspace(kind, dim, collection) for kind, dim in SPACES]
+    challenges = ((seen, other_seed), (unseen, COLLECTION_SEED))
+    stages = [
+        (space, {task: prompts[task] for task in tasks}, [*x.intrinsic_vectors(tasks, data_seed, space).values()])
+        for group in (spaces[:4], spaces[4:])
+        for tasks, data_seed in challenges
+        for space in group
+    ]
+    scores = x.scores(prompts, spaces, [choice for *_, vectors in stages for choice in vectors])
+    if x.store.missing(scores):
+        x.make(every(prompts.values()))
+        for space, own, vectors in stages:
+            if begins(x.cache, space.name + next(iter(own))):
+                # Learned spaces are found side by side, so one process finds all.
+                needed = spaces if space.header["space"] == "subspace" else [space]
+                x.make([*needed, *every(vectors), *x.scores(own, [space], vectors)])
+        x.make([*spaces, *every(choice for *_, vectors in stages for choice in vectors), *scores])
+    report = make_report(x, scores)
+    ipt.print_report(report, as_json=False, per_task=True, wide=True)
+    sys.stdout.flush()
+    return report
 
 
-DIMS = (250, 10, 50, 5)
-OTHER_SEED = 21
-RATE_TASKS = 5
-VECTOR_RATES = [1.0, 0.3, 0.1]
+SPACES: tuple[tuple[SpaceKind, int], ...] = (
+    ("subspace", 250), ("random", 250), ("low-rank", 250), ("random", 10), ("subspace", 10), ("random", 50), ("subspace", 50),
+    ("random", 5), ("subspace", 5),
+)  # fmt: skip
+OTHER_SEEDS = (21, 42, 13)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the experiments share."""
+    """Return what the experiments share: prompts of 10 tokens behind the input, their 5,760 numbers the default there."""
     return {
-        "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end",
-        "chat": False, "shots": 32, "prompt_length": 10, "initial_text": "", "test_rows": 64, "steps": 60, "batch_size": 4, "evaluations": 2,
-        "patience": 0, "learning_rate": [0.3], "subspace_steps": 80, "rows_per_task": 2,
+        "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
+        "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 200, "batch_size": 8, "evaluations": 8,
+        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 500, "slots": 24,
     }  # fmt: skip
 
 
-def experiment(arguments: argparse.Namespace, data: Path, split: Path) -> Experiment:
-    """Return the experiment on a split's tasks: prompts of 5 tokens, 2,880 numbers, behind the input."""
-    return Experiment.of(
-        settings(arguments) | SHORT | {"learning_rate": [1.0], "data": data, "split": str(split), "slots": 8}, ipt.Terminal()
-    )
+def experiment(arguments: argparse.Namespace, change: dict[str, Any]) -> Experiment:
+    """Return an experiment, its share of the GPU's memory set if it has but a share: half of it for inputs that run once."""
+    x = Experiment.of(settings(arguments) | change, ipt.Terminal())
+    if arguments.gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(arguments.gpu_share)
+        x.backbone.lm.memory = arguments.gpu_share / 2 * torch.cuda.get_device_properties(0).total_memory
+    return x
+
+
+def begins(cache: Path, what: str) -> bool:
+    """Tell whether this process is the one to begin something; as long as it lives, the others go on to the next."""
+    folder = cache / "begun"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / sha256(what.encode()).hexdigest()[:16]).open("w")
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        BEGUN.append(file)
+        return True
+    file.close()
+    return False
+
+
+BEGUN: list[Any] = []
+"""Locked files."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole, as other terminals read it."""
+    part = path.with_name(f"{path.name}-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def joined(folders: list[Path], to: Path) -> Path:
@@ -156,7 +213,7 @@ def joined(folders: list[Path], to: Path) -> Path:
         for file in folder.glob("*/*.jsonl"):
             link = to / file.parent.name / re.sub(r"_16_(\d+_(train|dev))", r"_32_\1", file.name)
             link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists():
+            with contextlib.suppress(FileExistsError):
                 link.symlink_to(file.resolve())
     return to
 
@@ -176,18 +233,19 @@ def split_by_validation(x: Experiment) -> dict[str, list[str]]:
     """Tune a prompt of every candidate; keep those where it beats no prompt and one answer on validation rows; draw the unseen."""
     prompts = x.soft_prompts(x.named("seen"))
     x.make(every(prompts.values()))
+    rows = {task: x.encoded(task, COLLECTION_SEED)[1] for task in prompts}
+    nothing = x.prompt_space.initial_prompt[None, :0]
+    said = iter(x.backbone.answer(nothing, [(0, row) for own in rows.values() for row in own], losses=False))
     good = []
     for task, choice in prompts.items():
-        rows, metric = x.encoded(task, COLLECTION_SEED)[1], METRICS[x.task(task).metric]
-        answers = [row.example.answers for row in rows]
-        said = x.backbone.answer(x.prompt_space.initial_prompt[None, :0], [(0, row) for row in rows], losses=False)
+        metric, answers = METRICS[x.task(task).metric], [row.example.answers for row in rows[task]]
         known = {example.answers[0] for example in x.sample(task, COLLECTION_SEED).train}
-        floor = max(metric([a.text for a in said], answers), *(metric([one] * len(answers), answers) for one in known))
-        tuned = x.store.best(choice)[1]["validation"]
-        print(
-            f"{task}: validation {tuned:.3f}, no prompt or one answer {floor:.3f}{'' if tuned > floor else ': falls out'}",
-            flush=True,
+        floor = max(
+            metric([next(said).text for _ in answers], answers), *(metric([one] * len(answers), answers) for one in known)
         )
+        tuned = x.store.best(choice)[1]["validation"]
+        falls = "" if tuned > floor else ": falls out"
+        print(f"{task}: validation {tuned:.3f}, no prompt or one answer {floor:.3f}{falls}", flush=True)
         good += [task] * (tuned > floor)
     published = [task for task in good if x.task(task).splits.get("random") == "unseen"]
     others = [task for task in good if task not in published]
@@ -196,29 +254,9 @@ def split_by_validation(x: Experiment) -> dict[str, list[str]]:
     return {"seen": [task for task in good if task not in unseen], "unseen": unseen}
 
 
-def best_rate(x: Experiment, space: Result, tasks: list[str]) -> float:
-    """Return the learning rate of vectors with the best mean validation score on other data of some seen tasks."""
-    by_rate = dict[float, float]()
-    for rate in VECTOR_RATES:
-        x.rates = replace(x.rates, vector_learning_rate=[rate])
-        vectors = x.intrinsic_vectors(tasks, OTHER_SEED, space).values()
-        x.make([space, *every(vectors)])
-        by_rate[rate] = fmean(x.store.best(choice)[1]["validation"] for choice in vectors)
-    told = ", ".join(f"{rate:g} {score:.3f}" for rate, score in by_rate.items())
-    ipt.echo(f"{space.header['space']} {space.header['dim']}: validation by learning rate on {len(tasks)} tasks: {told}")
-    return max(by_rate, key=by_rate.__getitem__)
-
-
 def every(choices: Iterable[Choice]) -> list[Result]:
     """Return all results of choices."""
     return [result for choice in choices for result in choice]
-
-
-def tell(x: Experiment, scores: list[Result]) -> None:
-    """Make scores and print the table."""
-    x.make(scores)
-    ipt.print_report(make_report(x, scores), as_json=False, per_task=True, wide=True)
-    sys.stdout.flush()
 
 
 def main() -> None:
@@ -227,13 +265,12 @@ def main() -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--cache", type=Path, default=Path("real-language"))
-    parser.add_argument("--tasks", type=int, default=72, help="candidates")
+    parser.add_argument("--tasks", type=int, default=94, help="candidates")
     parser.add_argument(
         "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
     )
-    parser.add_argument(
-        "--backwards", action="store_true", help="the last space first: for one of two terminals, as stages are short"
-    )
+    parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
+    parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
     {"placement": placement, "defaults": defaults, "subspaces": subspaces}[arguments.what](arguments)
 
