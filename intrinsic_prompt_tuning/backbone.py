@@ -435,7 +435,7 @@ def _find_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its number, which `cuda` alone lacks
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

@@ -80,6 +80,7 @@ DEFAULTS_TASKS = (
     "hate_speech18", "ag_news", "kilt_trex", "lama-trex", "qasc", "google_wellformed_query", "glue-cola", "tweet_eval-hate", "wikisql",
     "squad-no_context", "mc_taco", "medical_questions_pairs", "kilt_nq",
 )  # fmt: skip
+BASE: dict[str, Any] = {"learning_rate": [0.3], "steps": 200, "batch_size": 8, "evaluations": 8}
 FRONT = {"prompt_at": "front", "prompt_length": 100, "initial_text": ""}
 CHANGES: tuple[dict[str, Any], ...] = (
     {}, {"steps": 1000}, {"learning_rate": [1.0]}, {"chat": True}, FRONT, {"learning_rate": [0.1]}, {"steps": 500}, {"prompt_length": 20},
@@ -93,7 +94,7 @@ def defaults(arguments: argparse.Namespace) -> None:
     for change in CHANGES:
         if not begins(arguments.cache, json.dumps(change)):
             continue
-        x = experiment(arguments, {"data": arguments.data[0], "learning_rate": [0.3], "slots": len(DEFAULTS_TASKS)} | change)
+        x = experiment(arguments, BASE | {"data": arguments.data[0]} | change)
         prompts, start = x.soft_prompts(DEFAULTS_TASKS), time.perf_counter()
         x.make(every(prompts.values()))
         seconds = time.perf_counter() - start
@@ -115,13 +116,15 @@ def defaults(arguments: argparse.Namespace) -> None:
 def subspaces(arguments: argparse.Namespace) -> None:
     """Run the whole experiment, once a seed, and print a table of each and how they differ."""
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    data, split = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml"
+    data, split, first = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml", None
     if not split.exists():
         candidates = arguments.cache / "candidates.yaml"
         write_text(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}))
-        found = split_by_validation(experiment(arguments, {"data": data, "split": str(candidates)}))
-        write_text(split, json.dumps(found, indent=1))
-    x, reports = experiment(arguments, {"data": data, "split": str(split)}), []
+        first = experiment(
+            arguments, {"data": data, "split": str(candidates), "slots": 16}
+        )  # few, so that all terminals have some
+        write_text(split, json.dumps(split_by_validation(first), indent=1))
+    x, reports = experiment(arguments, {"data": data, "split": str(split)}, first), []
     ipt.echo(f"{len(x.named('seen'))} seen, {len(x.named('unseen'))} unseen tasks ({', '.join(x.named('unseen'))})")
     for seed in range(arguments.seeds):
         ipt.echo(f"seed {seed}")
@@ -169,15 +172,17 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the experiments share: prompts of 10 tokens behind the input, their 5,760 numbers the default there."""
     return {
         "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
-        "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 200, "batch_size": 8, "evaluations": 8,
-        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 500, "slots": 24,
+        "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 150, "batch_size": 4, "evaluations": 6,
+        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 500, "slots": 64,
     }  # fmt: skip
 
 
-def experiment(arguments: argparse.Namespace, change: dict[str, Any]) -> Experiment:
-    """Return an experiment, its share of the GPU's memory set if it has but a share: half of it for inputs that run once."""
+def experiment(arguments: argparse.Namespace, change: dict[str, Any], other: Experiment | None = None) -> Experiment:
+    """Return an experiment, on another's loaded backbone; with a share of a GPU's memory, half of it is for inputs that run once."""
     x = Experiment.of(settings(arguments) | change, ipt.Terminal())
-    if arguments.gpu_share < 1:
+    if other:
+        vars(x).update(backbone=other.backbone, _samples=other._samples, _encoded=other._encoded)
+    elif arguments.gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(arguments.gpu_share)
         x.backbone.lm.memory = arguments.gpu_share / 2 * torch.cuda.get_device_properties(0).total_memory
     return x
