@@ -52,6 +52,7 @@ def test_real_language_prints_a_table_after_each_part(
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": [*NAMES[:2]], "unseen": [NAMES[2]]})
     monkeypatch.setattr(real_language, "SPACES", (("random", 4), ("subspace", 4), ("subspace", 2)))
     about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3, "seeds": 2, "gpu_share": 1.0}
+    about |= {"challenges": ["seen", "unseen"], "spaces": 9}
     arguments = argparse.Namespace(data=[tmp_path / "first", tmp_path / "second"], **about)
     real_language.subspaces(arguments)
     printed = capsys.readouterr().out

@@ -28,7 +28,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -120,39 +120,41 @@ def subspaces(arguments: argparse.Namespace) -> None:
     if not split.exists():
         candidates = arguments.cache / "candidates.yaml"
         write_text(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}))
-        first = experiment(
-            arguments, {"data": data, "split": str(candidates), "slots": 16}
-        )  # few, so that all terminals have some
+        # Few slots, so that all terminals have some.
+        first = experiment(arguments, {"data": data, "split": str(candidates), "slots": 16})
         write_text(split, json.dumps(split_by_validation(first), indent=1))
     x, reports = experiment(arguments, {"data": data, "split": str(split)}, first), []
     ipt.echo(f"{len(x.named('seen'))} seen, {len(x.named('unseen'))} unseen tasks ({', '.join(x.named('unseen'))})")
     for seed in range(arguments.seeds):
         ipt.echo(f"seed {seed}")
-        reports.append(one_seed(x.with_seeds(seed), OTHER_SEEDS[seed]))
+        reports.append(one_seed(x.with_seeds(seed), OTHER_SEEDS[seed], arguments.challenges, SPACES[: arguments.spaces]))
     if len(reports) > 1:
         ipt.echo(spread_text(spread(reports)))
 
 
-def one_seed(x: Experiment, other_seed: int) -> dict[str, Any]:
+def one_seed(
+    x: Experiment, other_seed: int, challenges: list[str], kinds_and_dims: Sequence[tuple[SpaceKind, int]]
+) -> dict[str, Any]:
     """Tune, find subspaces, tune in them on unseen tasks and on other data of the seen ones; print the table and return it."""
-    seen, unseen = x.named("seen"), x.named("unseen")
-    prompts = x.soft_prompts([*seen, *unseen])
-    collection = {task: prompts[task] for task in seen}
-    spaces = [x.subspace(kind, dim, collection) for kind, dim in SPACES]
-    challenges = ((seen, other_seed), (unseen, COLLECTION_SEED))
+    prompts = x.soft_prompts(x.named("seen", "unseen"))
+    collection = {task: prompts[task] for task in x.named("seen")}
+    spaces = [x.subspace(kind, dim, collection) for kind, dim in kinds_and_dims]
+    tuned_on = {"seen": (x.named("seen"), other_seed), "unseen": (x.named("unseen"), COLLECTION_SEED)}
+    groups = (spaces[:MOST_TELLING], spaces[MOST_TELLING:])
     stages = [
-        (space, {task: prompts[task] for task in tasks}, [*x.intrinsic_vectors(tasks, data_seed, space).values()])
-        for group in (spaces[:4], spaces[4:])
-        for tasks, data_seed in challenges
+        (space, group, {task: prompts[task] for task in tasks}, [*x.intrinsic_vectors(tasks, data_seed, space).values()])
+        for group in groups
+        for tasks, data_seed in map(tuned_on.__getitem__, challenges)
         for space in group
     ]
-    scores = x.scores(prompts, spaces, [choice for *_, vectors in stages for choice in vectors])
+    told = {task: prompts[task] for task in x.named(*challenges)}
+    scores = x.scores(told, spaces, [choice for *_, vectors in stages for choice in vectors])
     if x.store.missing(scores):
         x.make(every(prompts.values()))
-        for space, own, vectors in stages:
+        for space, group, own, vectors in stages:
             if begins(x.cache, space.name + next(iter(own))):
-                # Learned spaces are found side by side, so one process finds all.
-                needed = spaces if space.header["space"] == "subspace" else [space]
+                # Learned spaces are found side by side, so one process finds all of a group.
+                needed = group if space.header["space"] == "subspace" else [space]
                 x.make([*needed, *every(vectors), *x.scores(own, [space], vectors)])
         x.make([*spaces, *every(choice for *_, vectors in stages for choice in vectors), *scores])
     report = make_report(x, scores)
@@ -162,9 +164,11 @@ def one_seed(x: Experiment, other_seed: int) -> dict[str, Any]:
 
 
 SPACES: tuple[tuple[SpaceKind, int], ...] = (
-    ("subspace", 250), ("random", 250), ("low-rank", 250), ("random", 10), ("subspace", 10), ("random", 50), ("subspace", 50),
-    ("random", 5), ("subspace", 5),
+    ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
+    ("subspace", 5), ("random", 5),
 )  # fmt: skip
+MOST_TELLING = 5
+"""So many come first."""
 OTHER_SEEDS = (21, 42, 13)
 
 
@@ -173,7 +177,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
         "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 150, "batch_size": 4, "evaluations": 6,
-        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 500, "slots": 64,
+        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 80, "rows_per_task": 2, "slots": 64,
     }  # fmt: skip
 
 
@@ -274,6 +278,8 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
     )
+    parser.add_argument("--challenges", nargs="+", default=["seen", "unseen"], choices=["seen", "unseen"], help="in this order")
+    parser.add_argument("--spaces", type=int, default=len(SPACES), help="so many of them, the most telling first")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
