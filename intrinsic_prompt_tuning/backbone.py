@@ -333,6 +333,8 @@ def load_backbone(
     transformers.utils.logging.set_verbosity_error()
     where = _find_device(device)
     half = precision == "bf16" or (precision == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported())
+    # cuDNN's attention plans for every shape, and every step has another: 2 to 2.4 times as long (H100, torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model, tokenizer = _load(name, torch.bfloat16 if half else torch.float32)
     model = model.to(where).eval().requires_grad_(False)
     # Answers are greedy, whatever the backbone was saved with: beams, forced tokens, penalties.
@@ -400,7 +402,7 @@ def check_backbone(backbone: Backbone) -> None:
         IptError: the losses differ, or one path fails.
     """
     model, example = backbone.model, Example("is it so that one and two are three?", ("yes",), ("yes", "no"))
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2  # rounding alone: 1e-6, 3e-3
     try:
         (row,) = backbone.encode([example], prompt_length=0)
         nothing = torch.zeros(1, 0, backbone.hidden, device=backbone.device)

@@ -156,6 +156,7 @@ def at_once(k: int, make: Callable[[], torch.nn.Module], rows: list[list[Encoded
 def make_model(precision: str) -> torch.nn.Module:
     """Return the frozen model, the same every time."""
     torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_backbone`: every batch has another shape, on all sides
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
     return model.to(device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)

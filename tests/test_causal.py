@@ -309,8 +309,11 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
 # --- Self-check ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["Pegasus", "Marian"])
-def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(tmp_path: Path, world: World, kind: str) -> None:
+def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(
+    tmp_path: Path, world: World, kind: str, precision: str
+) -> None:
     """Both scale the embeddings of tokens only, not those that a prompt brings."""
     size = save_tokenizer(tmp_path, ["<pad>", "</s>", "<unk>"], words_of(world), "$A </s>", pad_token="<pad>", eos_token="</s>")
     config = getattr(transformers, f"{kind}Config")(
@@ -322,7 +325,7 @@ def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(tmp_pat
     spread(model, 1.0, seed=5)
     model.save_pretrained(tmp_path)
     with pytest.raises(IptError, match=rf"\({kind.lower()}\) (computes another loss|cannot be used)"):
-        load_backbone(str(tmp_path), device="cpu")
+        load_backbone(str(tmp_path), device="cpu", precision=precision)  # type: ignore[arg-type]
 
 
 def test_a_prompt_behind_the_input_starts_from_a_text_that_asks_for_an_answer(folders: dict[str, Path], tmp_path: Path) -> None:
