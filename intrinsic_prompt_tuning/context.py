@@ -145,7 +145,8 @@ class Context:
             IptError: a file of tasks or the split is wrong.
         """
         self.options, self.report = options, report or Reporter()
-        self.tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
+        self._tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
+        self._steps_open = False
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self.told: tuple[str, Mapping[str, Any]] | None = None
@@ -176,12 +177,15 @@ class Context:
         data = given.get("data")
         testbed = given.get("backbone") in (None, TESTBED) and not (data and has_few_shot_files(data))
         settings = partial(settled, given=given, testbed=testbed)
-        return cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
+        x = cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
+        x._steps_open = given.get("steps") is None and not testbed
+        return x
 
     def settings(self) -> dict[str, Any]:
         """Return every setting by name, but for what was left open."""
-        groups = (self.options, self.tuning, self.fitting, self.rates)
-        return {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
+        groups = (self.options, self._tuning, self.fitting, self.rates)
+        known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
+        return {name: value for name, value in known.items() if name != "steps" or not self._steps_open}
 
     def keep_options(self) -> None:
         """Write the file of options that reproduces the command, once."""
@@ -240,6 +244,11 @@ class Context:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
         initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
         return Space(initial, self.backbone.embedding_rms)
+
+    @property
+    def tuning(self) -> TuneConfig:
+        """How jobs are tuned; the steps by where the prompt stands, if none were given."""
+        return replace(self._tuning, steps=PLACED[self.backbone.prompt_at]["steps"]) if self._steps_open else self._tuning
 
     @property
     def prompt_length(self) -> int:

@@ -19,8 +19,8 @@ TESTBED_SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 """What holds on the testbed's backbone where nothing is given."""
 PLACED: dict[str, dict[str, Any]] = {
-    "front": {"prompt_length": 100, "initial_text": ""},
-    "end": {"prompt_length": 10, "initial_text": "Answer:"},
+    "front": {"prompt_length": 100, "initial_text": "", "steps": 1000},
+    "end": {"prompt_length": 10, "initial_text": "Answer:", "steps": 200},
 }
 """Where a prompt stands -> what then holds where nothing is given: the paper's, or what tests/experiments/README.md measured."""
 

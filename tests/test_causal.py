@@ -328,7 +328,7 @@ def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(
         load_backbone(str(tmp_path), device="cpu", precision=precision)  # type: ignore[arg-type]
 
 
-def test_a_prompt_behind_the_input_starts_from_a_text_that_asks_for_an_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_prompt_behind_the_input_has_defaults_of_its_own_text_and_steps(folders: dict[str, Path], tmp_path: Path) -> None:
     def of(**more: Any) -> Experiment:
         return Experiment.of({"backbone": str(folders["llama"]), "cache": tmp_path, "device": "cpu", "prompt_length": 5} | more)
 
@@ -340,3 +340,5 @@ def test_a_prompt_behind_the_input_starts_from_a_text_that_asks_for_an_answer(fo
     for x in (front, words):
         assert "initial_text" not in x.header("soft-prompt")
         assert not x.prompt_space.initial_prompt.equal(embeddings)
+    assert [x.tuning.steps for x in (behind, front, of(steps=7))] == [200, 1000, 7]
+    assert "steps" not in behind.settings() and of(steps=7).settings()["steps"] == 7  # what is left open stays open in --config
