@@ -154,8 +154,8 @@ def one_seed(
         for space, group, own, vectors in stages:
             if begins(x.cache, space.name + next(iter(own))):
                 # Learned spaces are found side by side, so one process finds all of a group.
-                needed = group if space.header["space"] == "subspace" else [space]
-                x.make([*needed, *every(vectors), *x.scores(own, [space], vectors)])
+                learned = [other for other in group if other.header["space"] == space.header["space"] == "subspace"]
+                x.make([*(learned or [space]), *every(vectors), *x.scores(own, [space], vectors)])
         x.make([*spaces, *every(choice for *_, vectors in stages for choice in vectors), *scores])
     report = make_report(x, scores)
     ipt.print_report(report, as_json=False, per_task=True, wide=True)
