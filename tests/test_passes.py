@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from intrinsic_prompt_tuning import passes
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.passes import IGNORE, Budget, pass_sizes
+from intrinsic_prompt_tuning.passes import IGNORE, Budget, available_memory, pass_sizes
 
 CPU = torch.device("cpu")
 
@@ -125,3 +126,15 @@ def test_numbers_reach_a_device_as_they_are() -> None:
     assert passes.to_device([1, 2], CPU).tolist() == [1, 2]
     assert passes.to_device(np.array([True, False]), CPU).dtype == torch.bool
     assert passes.to_device(torch.tensor([0.5]), CPU).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"), [({}, 1), ({"WORLD_SIZE": "4"}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2"}, 2)]
+)
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], share: int) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert available_memory(CPU) == 4096000 / share
