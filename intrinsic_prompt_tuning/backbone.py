@@ -333,7 +333,7 @@ def load_backbone(
     transformers.utils.logging.set_verbosity_error()
     where = _find_device(device)
     half = precision == "bf16" or (precision == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported())
-    # cuDNN's attention plans for every shape, and every step has another: 2 to 2.4 times as long (H100, torch 2.11).
+    # Every step has other shapes, and with cuDNN's attention took 2 to 2.4 times as long (H100, torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
     model, tokenizer = _load(name, torch.bfloat16 if half else torch.float32)
     model = model.to(where).eval().requires_grad_(False)
