@@ -63,3 +63,7 @@ def test_real_language_prints_a_table_after_each_part(
     assert own == (tmp_path / "first" / NAMES[0] / own.name).resolve()  # the first folder's, where both have a task
     real_language.subspaces(arguments)
     assert capsys.readouterr().out == printed  # all was there
+    arguments.spaces, arguments.seeds = 0, 1
+    real_language.subspaces(arguments)
+    (only,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unseen tasks ")]
+    assert only in printed  # prompt tuning beside no prompt and one answer for all

@@ -279,7 +279,9 @@ def main() -> None:
         "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
     )
     parser.add_argument("--challenges", nargs="+", default=["seen", "unseen"], choices=["seen", "unseen"], help="in this order")
-    parser.add_argument("--spaces", type=int, default=len(SPACES), help="so many of them, the most telling first")
+    parser.add_argument(
+        "--spaces", type=int, default=len(SPACES), help="so many of them, the most telling first; 0: only prompts"
+    )
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
