@@ -720,11 +720,12 @@ def test_each_help_says_what_the_command_does_and_shows_an_example_that_parses(c
 def test_the_help_tells_the_defaults_on_the_testbed_and_elsewhere() -> None:
     help_of = {command: re.sub(r"[\s│]+", " ", run_ipt(command, "--help").out) for command in ("collect", "fit-subspace", "run")}
     defaults = {f.name: f.default for kind in (Options, TuneConfig, SubspaceConfig) for f in fields(kind)}
-    for name in ("test_rows", "steps", "batch_size", "evaluations"):
+    for name in ("test_rows", "batch_size", "evaluations"):
         assert f"default: ({TESTBED_SETTINGS[name]} on the testbed, else {defaults[name]})" in help_of["collect"], name
     subspace_steps = f"({TESTBED_SETTINGS['subspace_steps']} on the testbed, else {defaults['subspace_steps']})"
     assert f"default: {subspace_steps}" in help_of["fit-subspace"] and f"default: {subspace_steps}" in help_of["run"]
     assert "default: (24 on the testbed, else 10 behind the input, 100 in front)" in help_of["collect"]
+    assert "default: (400 on the testbed, else 200 behind the input, 1000 in front)" in help_of["collect"]
     assert "default: (0.3)" in help_of["collect"] and "default: (0.1 on the testbed, else 0.3)" in help_of["run"]
     assert "default: ($IPT_CACHE or the user's)" in help_of["collect"]
     assert "default: (250)" in help_of["fit-subspace"] and "default: (250 and 10)" in help_of["run"]
