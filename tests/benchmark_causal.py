@@ -203,10 +203,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model = make_model(arguments.precision)
     device: torch.device = model.device
-    rows, dtype = make_rows(arguments.tasks), {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.precision]
+    rows = make_rows(arguments.tasks)
     front = engine(model, rows, "front", arguments.batch_size)
     end = engine(model, rows, "end", arguments.batch_size)
-    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, dtype) / 1e9:,.0f} GFLOP/s")
+    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")
 
     def once(_: int) -> None:
         end[0].lm.kept.clear()

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import os
 import random
 import re
 import sys
@@ -40,6 +39,7 @@ import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import spread
+from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.report import make_report, spread_text
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -115,14 +115,13 @@ def defaults(arguments: argparse.Namespace) -> None:
 
 def subspaces(arguments: argparse.Namespace) -> None:
     """Run the whole experiment, once a seed, and print a table of each and how they differ."""
-    arguments.cache.mkdir(parents=True, exist_ok=True)
     data, split, first = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml", None
     if not split.exists():
         candidates = arguments.cache / "candidates.yaml"
-        write_text(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}))
+        write_bytes(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}).encode())
         # Few slots, so that all terminals have some.
         first = experiment(arguments, {"data": data, "split": str(candidates), "slots": 16})
-        write_text(split, json.dumps(split_by_validation(first), indent=1))
+        write_bytes(split, json.dumps(split_by_validation(first), indent=1).encode())
     x, reports = experiment(arguments, {"data": data, "split": str(split)}, first), []
     ipt.echo(f"{len(x.named('seen'))} seen, {len(x.named('unseen'))} unseen tasks ({', '.join(x.named('unseen'))})")
     for seed in range(arguments.seeds):
@@ -173,7 +172,7 @@ OTHER_SEEDS = (21, 42, 13)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the experiments share: prompts of 10 tokens behind the input, their 5,760 numbers the default there."""
+    """Return what the experiments share: prompts of 10 tokens behind the input, 5,760 numbers on SmolLM2-135M."""
     return {
         "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
         "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 150, "batch_size": 4, "evaluations": 6,
@@ -207,13 +206,6 @@ def begins(cache: Path, what: str) -> bool:
 
 BEGUN: list[Any] = []
 """Locked files."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole, as other terminals read it."""
-    part = path.with_name(f"{path.name}-{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def joined(folders: list[Path], to: Path) -> Path:
