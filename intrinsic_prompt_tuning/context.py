@@ -23,7 +23,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
-from intrinsic_prompt_tuning.settings import DATA, MACHINE, PLACED, TESTBED, TUNING, Setting, placed, settled, versions
+from intrinsic_prompt_tuning.settings import BEHIND_SETTINGS, DATA, MACHINE, TESTBED, TUNING, Setting, T, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import (
     TASKS_FILE,
@@ -68,18 +68,15 @@ class Options:
     kind: Annotated[Kind | None, Setting("Of your tables without options.", shown_default="by their rows", panel=DATA)] = None
     tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
-    prompt_length: Annotated[
-        int | None,
-        Setting("Tokens of a soft prompt.", least=1, most=100_000, shown_default=placed("prompt_length"), panel=TUNING),
-    ] = None
+    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
     initial_text: Annotated[
-        str | None,
+        str,
         Setting(
             "What all soft prompts start from, repeated to their length; '' is random words.",
-            shown_default=placed("initial_text"),
+            shown_default="random words",
             panel=TUNING,
         ),
-    ] = None
+    ] = ""
     shots: Annotated[
         int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000, panel=DATA)
     ] = 16
@@ -146,7 +143,8 @@ class Context:
         """
         self.options, self.report = options, report or Reporter()
         self._tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
-        self._steps_open = False
+        self._open = frozenset[str]()
+        """The settings that follow from where the prompt stands."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self.told: tuple[str, Mapping[str, Any]] | None = None
@@ -178,14 +176,14 @@ class Context:
         testbed = given.get("backbone") in (None, TESTBED) and not (data and has_few_shot_files(data))
         settings = partial(settled, given=given, testbed=testbed)
         x = cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
-        x._steps_open = given.get("steps") is None and not testbed
+        x._open = frozenset() if testbed else frozenset(name for name in BEHIND_SETTINGS if given.get(name) is None)
         return x
 
     def settings(self) -> dict[str, Any]:
         """Return every setting by name, but for what was left open."""
         groups = (self.options, self._tuning, self.fitting, self.rates)
         known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
-        return {name: value for name, value in known.items() if name != "steps" or not self._steps_open}
+        return {name: value for name, value in known.items() if name not in self._open}
 
     def keep_options(self) -> None:
         """Write the file of options that reproduces the command, once."""
@@ -203,7 +201,7 @@ class Context:
             o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compiled,
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
-        loaded.room(self._placed("prompt_length", loaded.prompt_at))
+        loaded.room(self._placed(self.options, loaded).prompt_length)
         self._known_budgets = _budgets(loaded)
         return loaded
 
@@ -247,22 +245,25 @@ class Context:
 
     @property
     def tuning(self) -> TuneConfig:
-        """How jobs are tuned; the steps by where the prompt stands, if none were given."""
-        return replace(self._tuning, steps=PLACED[self.backbone.prompt_at]["steps"]) if self._steps_open else self._tuning
+        """How jobs are tuned."""
+        return self._placed(self._tuning)
 
     @property
     def prompt_length(self) -> int:
         """Tokens of a soft prompt."""
-        return int(self._placed("prompt_length", self.backbone.prompt_at))
+        return self._placed(self.options).prompt_length
 
     @property
     def initial_text(self) -> str:
         """What all soft prompts start from; empty: random words."""
-        return str(self._placed("initial_text", self.backbone.prompt_at))
+        return self._placed(self.options).initial_text
 
-    def _placed(self, name: str, prompt_at: PromptAt) -> Any:
-        given = getattr(self.options, name)
-        return PLACED[prompt_at][name] if given is None else given
+    def _placed(self, settings: T, backbone: Backbone | None = None) -> T:
+        """Return settings in which what was left open is as it should be where the backbone has the prompt."""
+        own = {name: BEHIND_SETTINGS[name] for name in self._open if hasattr(settings, name)}
+        if not own or (backbone or self.backbone).prompt_at == "front":
+            return settings
+        return replace(settings, **own)  # type: ignore[type-var]
 
     def task(self, name: str) -> Task:
         """Return a task by name."""

@@ -159,7 +159,7 @@ class Experiment(Context):
         fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
         other = Experiment(options, self.tuning, fitting, self.rates, self.report)
         vars(other).update(backbone=self.backbone, store=self.store, roles=self.roles, left_out=self.left_out)
-        other._samples, other._encoded = self._samples, self._encoded
+        other._samples, other._encoded, other._open = self._samples, self._encoded, self._open
         return other
 
     # --- Making them

@@ -18,16 +18,8 @@ TESTBED_SETTINGS: dict[str, Any] = {
     "vector_learning_rate": [0.1], "subspace_steps": 120, "rows_per_task": 2,
 }  # fmt: skip
 """What holds on the testbed's backbone where nothing is given."""
-PLACED: dict[str, dict[str, Any]] = {
-    "front": {"prompt_length": 100, "initial_text": "", "steps": 1000},
-    "end": {"prompt_length": 10, "initial_text": "Answer:", "steps": 200},
-}
-"""Where a prompt stands -> what then holds where nothing is given: the paper's, or what tests/experiments/README.md measured."""
-
-
-def placed(name: str) -> str:
-    """Return as help shows it what holds where a prompt stands."""
-    return f"{PLACED['end'][name]} behind the input, {PLACED['front'][name] or 'random words'} in front"
+BEHIND_SETTINGS: dict[str, Any] = {"prompt_length": 10, "initial_text": "Answer:", "steps": 200}
+"""What holds where nothing is given and the prompt stands behind the input: tests/experiments/README.md measured it."""
 
 
 class Setting(NamedTuple):

@@ -22,7 +22,7 @@ from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.results import Reporter, duration
-from intrinsic_prompt_tuning.settings import MACHINE, TESTBED, TESTBED_SETTINGS, Setting
+from intrinsic_prompt_tuning.settings import BEHIND_SETTINGS, MACHINE, TESTBED, TESTBED_SETTINGS, Setting
 from intrinsic_prompt_tuning.tasks.checks import read_mapping
 
 STOPPED_BY: dict[int, float] = {}
@@ -115,21 +115,21 @@ def option(kind: type, name: str, flag: str = "") -> Any:
     default = getattr(kind(), name)
     flag = flag or f"--{(setting.name or name).replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag]
-    shown = _shown(setting.shown_default or default, TESTBED_SETTINGS.get(name))
+    shown = _shown(setting.shown_default or default, BEHIND_SETTINGS.get(name), TESTBED_SETTINGS.get(name))
     about = {"help": setting.help, "show_default": shown, "rich_help_panel": setting.panel or None}
     told = typer.Option(*names, min=setting.least, max=setting.most, **about)
     return Annotated[value if NoneType in get_args(value) else value | None, told]
 
 
-def _shown(default: Any, on_testbed: Any) -> Any:
-    """Return a default as help shows it; False where there is nothing to show."""
+def _shown(default: Any, behind: Any, on_testbed: Any) -> Any:
+    """Return a default as help shows it, and what holds elsewhere; False where there is nothing to show."""
 
     def text(value: Any) -> str:
         return ", ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
 
-    if on_testbed is not None:
-        return f"{text(on_testbed)} on the testbed, else {text(default)}"
-    return text(default) if default not in (None, False) else False
+    told = text(default) if default not in (None, False) else ""
+    told = told if behind is None else f"{text(behind)} behind the input, {told} in front"
+    return (told if on_testbed is None else f"{text(on_testbed)} on the testbed, else {told}") or False
 
 
 def read_config(context: typer.Context, file: Path | None) -> Path | None:

@@ -19,7 +19,7 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import np, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget, to_device
-from intrinsic_prompt_tuning.settings import TUNING, Setting, placed
+from intrinsic_prompt_tuning.settings import TUNING, Setting
 from intrinsic_prompt_tuning.spaces import Space
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class TuneConfig:
     """How a job is tuned."""
 
-    steps: Annotated[int, Setting("Updates of a job.", least=1, shown_default=placed("steps"))] = 1000
+    steps: Annotated[int, Setting("Updates of a job.", least=1)] = 1000
     batch_size: Annotated[int, Setting("Rows of a job in one update.", least=1, most=4096, panel=TUNING)] = 8
     evaluations: Annotated[int, Setting("Validations of a job.", least=1, panel=TUNING)] = 5
     patience: Annotated[

@@ -1,6 +1,7 @@
 """The paper's figures on the testbed: what a subspace recovers by its dimension, its tasks, its rows, and how it was found.
 
     python tests/experiments/testbed.py dims --cache DIR          # Figs 3 and 4: all spaces by dimension
+    python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
@@ -9,18 +10,20 @@
     python tests/experiments/testbed.py fine_tuning --cache DIR --processes 1    # all weights tuned, the second baseline
 
 Everything is kept in the cache, and the same command goes on where it was; `ipt plot` draws what is there. Whatever is chosen is
-chosen on validation rows. Spread over seeds: `ipt run --seeds 4`.
+chosen on validation rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 import torch
@@ -29,8 +32,9 @@ import yaml
 import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
+from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
-from intrinsic_prompt_tuning.report import make_report
+from intrinsic_prompt_tuning.report import make_report, spread_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tuning import minibatch, outcome
@@ -38,6 +42,9 @@ from intrinsic_prompt_tuning.tuning import minibatch, outcome
 OTHER_SEED = 21
 FINE_TUNED_BATCH = 4
 DIMS = (250, 10, 50, 100, 25, 5)
+SEEDS_SPACES: tuple[tuple[SpaceKind, int], ...] = (
+    ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10),
+)  # fmt: skip
 
 
 def experiment(cache: Path, **given: Any) -> Experiment:
@@ -49,15 +56,19 @@ def every(choices: Sequence[Choice]) -> list[Result]:
     return [result for choice in choices for result in choice]
 
 
-def measure(x: Experiment, prompts: dict[str, Choice], spaces: Sequence[Result], *, seen: Sequence[str] = ()) -> None:
-    """Tune vectors of unseen tasks, and of these seen ones on other data, in some spaces, and print the table."""
+def measure(
+    x: Experiment, prompts: dict[str, Choice], spaces: Sequence[Result], *, seen: Sequence[str] = (), other_seed: int = OTHER_SEED
+) -> dict[str, Any]:
+    """Tune vectors of unseen tasks, and of these seen ones on other data, in some spaces; print the table and return it."""
     vectors = []
     for space in spaces:
         vectors += x.intrinsic_vectors(x.named("unseen"), COLLECTION_SEED, space).values()
-        vectors += x.intrinsic_vectors(seen, OTHER_SEED, space).values()
+        vectors += x.intrinsic_vectors(seen, other_seed, space).values()
     scores = x.scores(prompts, spaces, vectors)
     x.make([*every([*prompts.values(), *vectors]), *spaces, *scores])
-    ipt.print_report(make_report(x, scores), as_json=False, per_task=False, wide=True)
+    report = make_report(x, scores)
+    ipt.print_report(report, as_json=False, per_task=False, wide=True)
+    return report
 
 
 def dims(cache: Path) -> None:
@@ -71,6 +82,36 @@ def dims(cache: Path) -> None:
         spaces += [x.subspace(kind, dim, collection) for kind in kinds if kind != "linear" or dim in (10, 50)]
         if number % 2 == 0 or number == len(DIMS):
             measure(x, prompts, spaces, seen=seen)
+
+
+def seeds(cache: Path) -> None:
+    """Other starts, orders of rows, subspaces and other data: the spread over runs, and what is above what, task by task."""
+    reports = []
+    for n, other_seed in enumerate((OTHER_SEED, 13, 42)):
+        x = experiment(cache).with_seeds(n)
+        prompts = x.soft_prompts(x.named("seen", "unseen"))
+        collection = {task: prompts[task] for task in x.named("seen")}
+        spaces = [x.subspace(kind, dim, collection) for kind, dim in SEEDS_SPACES]
+        reports.append(measure(x, prompts, spaces, seen=x.named("seen"), other_seed=other_seed))
+    ipt.echo(spread_text(spread(reports)))
+    for quantity in ("T_train_diff(IST)", "T_test(IST)"):
+        scores = {space: mean_scores(reports, quantity, *space) for space in SEEDS_SPACES}
+        for one, other in itertools.combinations(SEEDS_SPACES, 2):
+            more = [scores[one][task] - scores[other][task] for task in scores[one]]
+            ipt.echo(
+                f"{quantity}: {one[0]} {one[1]} over {other[0]} {other[1]}: {fmean(more):+.3f} a task, "
+                f"standard error {stdev(more) / len(more) ** 0.5:.3f} (n={len(more)})"
+            )
+
+
+def mean_scores(reports: Sequence[dict[str, Any]], quantity: str, space: str, dim: int) -> dict[str, float]:
+    """Return each task's test score in a space, its mean over runs."""
+    found = defaultdict[str, list[float]](list)
+    for report in reports:
+        for score in report["scores"]:
+            if (score["quantity"], score["space"]) == (quantity, space) and (space == "low-rank" or score["dim"] == dim):
+                found[score["task"]].append(score["value"])
+    return {task: fmean(values) for task, values in found.items()}
 
 
 def seen(cache: Path) -> None:
@@ -199,7 +240,7 @@ def fine_tuning(cache: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (dims, seen, shots, kinds, ablations, stability, fine_tuning)}
+    parts = {part.__name__: part for part in (dims, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
