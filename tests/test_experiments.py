@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from test_causal import save_model
 
+from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.tasks import Task, World
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -67,3 +68,68 @@ def test_real_language_prints_a_table_after_each_part(
     real_language.subspaces(arguments)
     (only,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unseen tasks ")]
     assert only in printed  # prompt tuning beside no prompt and one answer for all
+
+
+def test_real_language_compares_settings_task_by_task(
+    tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_language = script("real_language")
+    (model := tmp_path / "model").mkdir()
+    save_model(model, "llama", world, chat=True)
+    for name in NAMES:
+        write_few_shot(tmp_path / "data", tasks[name], 32, (100,))
+    (tmp_path / "split.yaml").write_text(json.dumps({"seen": NAMES}), encoding="utf-8")
+    usual = real_language.settings
+    monkeypatch.setattr(real_language, "settings", lambda arguments: usual(arguments) | {"split": str(tmp_path / "split.yaml")})
+    monkeypatch.setattr(real_language, "DEFAULTS_TASKS", NAMES)
+    monkeypatch.setattr(real_language, "CHANGES", ({"steps": 2}, {"steps": 2, "chat": True}))
+    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "gpu_share": 1.0}
+    arguments = argparse.Namespace(data=[tmp_path / "data"], **about)
+    real_language.defaults(arguments)
+    plain, written = capsys.readouterr().out.splitlines()
+    assert plain.startswith('{"steps": 2}: validation 0.') and written.startswith('{"steps": 2, "chat": true}: validation 0.')
+    assert plain.count("(n=3)") == written.count("(n=3)") == 7  # four of the records, three of the test rows
+    real_language.chat(arguments)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told[:3]] == ["plain", "chat template", "validation"] and len(told) == 2 + 7
+    loss = {line.split(": ")[0]: float(line.split("validation_loss ")[1].split()[0]) for line in told[:2]}
+    (more,) = [float(line.split()[1]) for line in told if line.startswith("validation_loss: ")]
+    assert more == pytest.approx(loss["chat template"] - loss["plain"], abs=2e-3) and more != 0
+
+
+def test_the_testbed_tells_what_is_above_what_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    testbed = script("testbed")
+    usual = testbed.experiment
+
+    def small(cache: Path) -> Experiment:
+        x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
+        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:2]])
+        return x
+
+    monkeypatch.setattr(testbed, "experiment", small)
+    monkeypatch.setattr(testbed, "SEEDS_SPACES", (("subspace", 4), ("low-rank", 250)))
+    testbed.seeds(tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("prompt tuning  n ") == 3 and printed.index("mean +- standard deviation") > 0
+    above = [line for line in printed.splitlines() if "subspace 4 over low-rank 250" in line]
+    assert [line.split(":")[0] for line in above] == ["T_train_diff(IST)", "T_test(IST)"]
+    assert above[0].endswith("(n=3)") and above[1].endswith("(n=2)")
+
+
+def test_mean_scores_are_of_one_space_and_over_runs() -> None:
+    testbed = script("testbed")
+
+    def run(learned: float, random: float) -> dict[str, list[dict[str, object]]]:
+        shared = {"quantity": "T_test(IST)", "task": "a"}
+        return {
+            "scores": [
+                shared | {"space": "subspace", "dim": 4, "value": learned},
+                shared | {"space": "random", "dim": 4, "value": random},
+            ]
+        }
+
+    runs = [run(0.5, 0.1), run(1.0, 0.2)]
+    assert testbed.mean_scores(runs, "T_test(IST)", "subspace", 4) == {"a": 0.75}
+    assert testbed.mean_scores(runs, "T_test(IST)", "subspace", 5) == testbed.mean_scores(runs, "T_test(MSF)", "random", 4) == {}

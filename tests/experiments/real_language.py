@@ -2,6 +2,7 @@
 
     python tests/experiments/real_language.py placement --backbone DIR --data ../shared/crossfit-32
     python tests/experiments/real_language.py defaults --backbone DIR --data ../shared/crossfit-32
+    python tests/experiments/real_language.py chat --backbone DIR --data ../shared/crossfit-32
     python tests/experiments/real_language.py subspaces --backbone DIR --data ../shared/crossfit-32 ../shared/crossfit
 
 DIR holds a causal model, such as SmolLM2-135M-Instruct (README.md of this repository says where one is had without a download).
@@ -10,6 +11,7 @@ GPU, `--gpu-share 0.2` lets five of them share its memory. Whatever is chosen is
 
 placement   equal steps on six tasks: prompt behind the input or in front, with the chat template or without, by learning rate.
 defaults    one setting changed at a time on twenty tasks: learning rate, steps, placement, template, prompt length.
+chat        the chat template or plain text, task by task on the same twenty, at the few steps that the README names for CPUs.
 subspaces   what the paper measures. The rule for tasks, stated before any result: those with test rows and at most 12 options, the
             `--tasks` with the shortest training inputs (32 + 32 rows from the first folder, 16 + 16 of tasks that only the second
             has); those fall out on whose validation rows a tuned prompt beats neither no prompt nor one answer for all; of the rest
@@ -30,7 +32,7 @@ import time
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -94,23 +96,39 @@ def defaults(arguments: argparse.Namespace) -> None:
     for change in CHANGES:
         if not begins(arguments.cache, json.dumps(change)):
             continue
-        x = experiment(arguments, BASE | {"data": arguments.data[0]} | change)
-        prompts, start = x.soft_prompts(DEFAULTS_TASKS), time.perf_counter()
-        x.make(every(prompts.values()))
-        seconds = time.perf_counter() - start
-        records = [x.store.best(choice)[1] for choice in prompts.values()]
-        mean = {
-            name: fmean(record[name] for record in records)
-            for name in ("validation", "validation_loss", "last_loss", "best_step")
-        }
-        scores = x.scores(prompts, [], [])
-        x.make(scores)
-        tested: dict[str, list[float]] = {}
-        for score in scores:
-            tested.setdefault(f"test, {score.header['stage']}", []).append(x.store.read(score)[0]["score"])
-        mean |= {stage: fmean(values) for stage, values in tested.items()}
-        told = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
-        print(f"{json.dumps(change)}: {told} (n={len(records)}), {seconds:.0f} s", flush=True)
+        start = time.perf_counter()
+        told = means(measured(experiment(arguments, BASE | {"data": arguments.data[0]} | change)))
+        print(f"{json.dumps(change)}: {told}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def measured(x: Experiment) -> dict[str, dict[str, float]]:
+    """Tune and score the twenty tasks; return what a prompt's record and the test rows say, by figure and task."""
+    prompts = x.soft_prompts(DEFAULTS_TASKS)
+    scores = x.scores(prompts, [], [])
+    x.make([*every(prompts.values()), *scores])
+    found: dict[str, dict[str, float]] = {}
+    for task, choice in prompts.items():
+        record = x.store.best(choice)[1]
+        for name in ("validation", "validation_loss", "last_loss", "best_step"):
+            found.setdefault(name, {})[task] = record[name]
+    for score in scores:
+        found.setdefault(f"test, {score.header['stage']}", {})[score.header["task"]] = x.store.read(score)[0]["score"]
+    return found
+
+
+def means(figures: dict[str, dict[str, float]]) -> str:
+    """Write means over tasks."""
+    return ", ".join(f"{name} {fmean(by_task.values()):.3f} (n={len(by_task)})" for name, by_task in figures.items())
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Print scores of plain text and of the chat template, and the differences between them task by task."""
+    short = {"steps": 60, "batch_size": 4, "evaluations": 5, "learning_rate": [1.0], "slots": 4, "data": arguments.data[0]}
+    plain, written = (measured(experiment(arguments, short | {"chat": chat})) for chat in (False, True))
+    print(f"plain: {means(plain)}\nchat template: {means(written)}", flush=True)
+    for name, by_task in written.items():
+        more = [value - plain[name][task] for task, value in by_task.items()]
+        print(f"{name}: {fmean(more):+.3f} by the template, standard error {stdev(more) / len(more) ** 0.5:.3f}", flush=True)
 
 
 def subspaces(arguments: argparse.Namespace) -> None:
@@ -260,9 +278,12 @@ def every(choices: Iterable[Choice]) -> list[Result]:
     return [result for choice in choices for result in choice]
 
 
+PARTS = (placement, defaults, chat, subspaces)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["placement", "defaults", "subspaces"])
+    parser.add_argument("what", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--cache", type=Path, default=Path("real-language"))
@@ -277,7 +298,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
-    {"placement": placement, "defaults": defaults, "subspaces": subspaces}[arguments.what](arguments)
+    {part.__name__: part for part in PARTS}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
