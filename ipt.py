@@ -319,7 +319,7 @@ def plot(
     x.make(scores)
     files = draw(x, scores, make_report(x, scores)["rows"], picture or (), kind or ("png",), quantity, dim) if rank() == 0 else {}
     for name, content in files.items():
-        write_bytes(out / name, content, "--out")
+        write_bytes(out / name, content)
         x.report.say(f"picture: {out / name}")
     x.finish()
 
@@ -338,7 +338,7 @@ def report_command(
     if rank() == 0:
         table, why = make_report(x, scores), lacking()
         drawn = {} if why else draw(x, scores, table["rows"], formats=["svg"], quantity=quantity)
-        write_bytes(out, make_page(x, table, drawn).encode(), "--out")
+        write_bytes(out, make_page(x, table, drawn).encode())
         x.report.say(f"page: {out}" + (f", without pictures: {why}" if why else ""))
     x.finish()
 

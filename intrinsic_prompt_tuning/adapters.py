@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from intrinsic_prompt_tuning.backbone import TESTBED_FOLDER
 from intrinsic_prompt_tuning.causal import Causal
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, sample_digest
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import digest, read_file, write_bytes, write_file
 from intrinsic_prompt_tuning.lazy import np, torch
@@ -99,7 +99,7 @@ def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]
             return config and config | {"base_model_name_or_path": None}, *read_file(file)
         return config, source, {}, load(content)
     except (OSError, SafetensorError, ValueError, TypeError, EOFError, RecursionError) as error:
-        what = "a pickle, which is never read" if content.startswith((b"PK", b"\x80")) else " ".join(str(error).split())[:200]
+        what = "a pickle, which is never read" if content.startswith((b"PK", b"\x80")) else short(error, 200)
         raise IptError(f"{file} is no adapter, .npy array or safetensors file of one matrix ({what})") from error
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
-from intrinsic_prompt_tuning.errors import IptError, UnwritableError, nearest
+from intrinsic_prompt_tuning.errors import IptError, UnwritableError, damaged, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
@@ -25,20 +25,8 @@ from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
 from intrinsic_prompt_tuning.settings import BEHIND_SETTINGS, DATA, MACHINE, TESTBED, TUNING, Setting, T, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
-from intrinsic_prompt_tuning.tasks import (
-    TASKS_FILE,
-    Example,
-    Sample,
-    Task,
-    find_few_shot_tasks,
-    find_table_tasks,
-    has_few_shot_files,
-    kept,
-    load_tasks,
-    rows_digest,
-    split_tasks,
-    subsets,
-)  # fmt: skip
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_tasks, has_few_shot_files, kept, rows_digest, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task
 from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
 
@@ -149,11 +137,7 @@ class Context:
         """Task or file -> why it could not be used."""
         self.told: tuple[str, Mapping[str, Any]] | None = None
         """The command that this is for, and all its options."""
-        known, own = load_tasks(options.tasks_file), dict[str, Task]()
-        if options.data and has_few_shot_files(options.data):
-            known = find_few_shot_tasks(options.data, known)
-        elif options.data:
-            own = find_table_tasks(options.data, known, options.columns, options.kind)
+        known, own = find_tasks(options.tasks_file, options.data, options.columns, options.kind)
         self.tasks = known | own
         self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
         """The split's tasks and what they are in it: seen or unseen."""
@@ -381,10 +365,7 @@ class Context:
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if found != {name: tuple(shape)} or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
             expected = {name: tuple(shape)}
-            raise IptError(
-                f"{self.store.path(result)} holds the tensors {found}, expected {expected}, finite float32: remove it, and the "
-                "command makes it anew"
-            )
+            raise damaged(self.store.path(result), f"holds the tensors {found}, expected {expected}, finite float32")
         return tensors[name].to(self.backbone.device)
 
     def space(self, subspace: Result) -> Space:
@@ -394,9 +375,7 @@ class Context:
             on_device = {name: weight.to(self.backbone.device) for name, weight in weights.items()}
             space = Space(self.prompt_space.initial_prompt, record["unit"], on_device)
             if space.dim != subspace.header["dim"]:
-                raise IptError(
-                    f"{self.store.path(subspace)} holds weights of dim {space.dim}, which its header denies: remove it"
-                )
+                raise damaged(self.store.path(subspace), f"holds weights of dim {space.dim}, which its header denies")
             self._spaces = {subspace.name: space}  # one at a time: they are large
         return self._spaces[subspace.name]
 

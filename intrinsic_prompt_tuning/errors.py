@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class IptError(Exception):
@@ -12,6 +13,17 @@ class IptError(Exception):
 
 class UnwritableError(IptError):
     """A file cannot be written: it is the disk or the folder, and nothing that the file is about."""
+
+
+def damaged(path: Path, why: str) -> IptError:
+    """Return an error about a file of the cache that is not as it was written."""
+    return IptError(f"{path} {why}: remove it, and the command makes it anew")
+
+
+def short(value: object, most: int = 80) -> str:
+    """Return what a person or another program wrote, in one line and cut to what a sentence can hold."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

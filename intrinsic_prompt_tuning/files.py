@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intrinsic_prompt_tuning.errors import IptError, UnwritableError
+from intrinsic_prompt_tuning.errors import IptError, UnwritableError, damaged, short
 from intrinsic_prompt_tuning.lazy import torch
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def user_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ipt"
 
 
-def write_bytes(path: Path, content: bytes, option: str = "--cache") -> None:
-    """Write to a temporary name, flush, rename; `option` is what names another place.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush, rename.
 
     Raises:
         UnwritableError: the disk is full, or the folder cannot be written.
@@ -64,7 +64,9 @@ def write_bytes(path: Path, content: bytes, option: str = "--cache") -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UnwritableError(f"cannot write {path}: {error.strerror or error}; name another folder with {option}") from error
+        raise UnwritableError(
+            f"cannot write {path}: {error.strerror or error}; name another folder with --cache or --out"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -150,5 +152,4 @@ def _checksum(header: Mapping[str, Any], record: Mapping[str, Any], tensors: Map
 
 
 def _damaged(path: Path, why: object) -> IptError:
-    reason = " ".join(str(why).split())[:200]
-    return IptError(f"{path} is not a file of ipt, or is damaged ({reason}): remove it, and the command makes it anew")
+    return damaged(path, f"is not a file of ipt, or is damaged ({short(why, 200)})")

@@ -23,6 +23,8 @@ class Layout:
     """Tokens in front of every input that its tokenizer does not write."""
     after: tuple[int, ...] = ()
     """Tokens behind every input, likewise."""
+    closing: int = 1
+    """How many of an input's own tokens end it, whatever it says."""
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs, without what stands before and after."""
@@ -36,16 +38,12 @@ class Layout:
         """Return generated tokens as text."""
         return list(self.tokenizer.batch_decode(written, skip_special_tokens=True)) if written else []
 
-    @property
-    def closing(self) -> int:
-        """How many of an input's own tokens end it, whatever it says."""
-        return 1
-
 
 @dataclass(frozen=True)
 class CausalLayout(Layout):
     """A causal model's, with or without a chat template."""
 
+    closing: int = 0
     end: int = 0
     """The token behind an answer."""
     chat: bool = False
@@ -64,11 +62,6 @@ class CausalLayout(Layout):
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as text, without the space before it."""
         return [text.strip() for text in super().text(written)]
-
-    @property
-    def closing(self) -> int:
-        """An input of a causal model just stops."""
-        return 0
 
 
 def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from html import escape
@@ -12,9 +14,15 @@ from typing import Any
 
 import yaml
 
+from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.report import report_text
 from intrinsic_prompt_tuning.settings import versions
+from intrinsic_prompt_tuning.tasks.checks import read_mapping
+
+PAGE = Template((Path(__file__).parent / "cards" / "page.html").read_text(encoding="utf-8"))
+LEARNING = ("collect", "fit-subspace", "tune", "run")
+"""The commands whose options a page tells."""
 
 
 def make_page(x: Experiment, report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -40,16 +48,20 @@ def make_page(x: Experiment, report: Mapping[str, Any], pictures: Mapping[str, b
 
 def _options(x: Experiment) -> str:
     """Return as YAML the options of the commands that learned what the cache holds of this backbone."""
-    files = sorted((x.cache / "commands").glob("*.yaml"), key=lambda file: file.stat().st_mtime_ns)
-    told = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
-    about = [{command: {name: _short(value) for name, value in own.items()} for command, own in one.items()} for one in told
-             if any(own.get("backbone") == x.options.backbone and "steps" in own for own in one.values())]  # fmt: skip
+    about = []
+    for file in sorted((x.cache / "commands").glob("*.yaml"), key=lambda file: file.stat().st_mtime_ns):
+        with contextlib.suppress(IptError):  # a damaged file is one that tells nothing
+            command = file.name.rpartition("-")[0]
+            own = read_mapping(file, command)[command]
+            if command in LEARNING and own.get("backbone") == x.options.backbone:
+                about.append({command: {name: _short(value) for name, value in own.items()}})
     return "\n".join(yaml.safe_dump(one, default_flow_style=None, width=110) for one in about) or "no options are in the cache"
 
 
 def _short(value: Any) -> Any:
     """Return the name of a file or folder, which says nothing about whose machine it is on; all else as it is."""
-    return Path(value).name if isinstance(value, str | Path) and Path(value).exists() else value
+    is_path = isinstance(value, str) and os.path.exists(value)  # noqa: PTH110 (it takes any text)
+    return Path(value).name if is_path else value
 
 
 def _by_task(x: Experiment, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -82,44 +94,3 @@ def _cell(value: Any) -> str:
 
 def _image(name: str, svg: bytes) -> str:
     return f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
-
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Intrinsic prompt tuning: $title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70rem; margin: auto; padding: 1rem; }
-h1, p, li { overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-pre, div div { overflow-x: auto; font-size: .8rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; }
-td { white-space: nowrap; }
-td:first-child { white-space: normal; min-width: 8rem; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
-button { font: inherit; font-weight: bold; text-align: left; border: 0; background: none; padding: 0; color: #0055a0; }
-img { display: block; max-width: 100%; height: auto; margin: 1rem 0 2rem; }
-</style>
-</head>
-<body>
-<h1>Intrinsic prompt tuning: $title</h1>
-<p>E_rel: mean over tasks of score / prompt tuning's score, with a 95 % interval over tasks. Gain: what is added to no prompt,
-beside what prompt tuning adds. T_train: tasks that a subspace is made of, T_test: others. MSF: their prompts there and back
-through it, IST: tuned in it. A click on a table's head sorts.</p>
-$body
-<script>
-for (const button of document.querySelectorAll("th button")) button.onclick = () => {
-  const head = button.parentNode, at = head.cellIndex, down = head.ariaSort !== "descending";
-  for (const other of head.parentNode.cells) other.ariaSort = null;
-  head.ariaSort = down ? "descending" : "ascending";
-  const body = head.closest("table").tBodies[0], text = row => row.cells[at].textContent, lacks = row => text(row) === "-";
-  const order = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
-  body.append(...[...body.rows].sort((a, b) => lacks(a) - lacks(b) || (down ? -1 : 1) * order(text(a), text(b))));
-};
-</script>
-</body>
-</html>
-""")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -61,26 +62,27 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
     """
     if count > max(2, cores := os.cpu_count() or 1):
         raise IptError(f"--processes is {count}, and this machine has {cores} cores: use at most as many")
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     shared = os.environ | {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": threads}
-    ranks = [
-        subprocess.Popen(
-            command, stderr=subprocess.PIPE if number else None, env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        )
-        for number in range(count)
-    ]
-    try:
-        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
-            time.sleep(0.05)
-        if any(process.poll() for process in ranks):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
-        failed = [process for process in ranks if process.poll() not in (None, 0)]
-        told = (failed[0].communicate()[1] or b"").decode() if failed and failed[0] is not ranks[0] else ""
-        return (failed[0].returncode if failed else 0), told
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.terminate()  # which saves unfinished work
-        for process in ranks:
-            process.communicate()
+    with contextlib.ExitStack() as files:
+        # No pipes: one that nobody reads fills up, and then its writer waits for ever.
+        said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        ranks = [
+            subprocess.Popen(command, stderr=said[n] if n else None, env=shared | {"RANK": str(n), "LOCAL_RANK": str(n)})
+            for n in range(count)
+        ]
+        try:
+            while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+                time.sleep(0.05)
+            if any(process.poll() for process in ranks):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
+            first = next((n for n, process in enumerate(ranks) if process.poll()), 0)
+            said[first].seek(0)
+            return ranks[first].returncode or 0, said[first].read().decode()
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.terminate()  # which saves unfinished work
+            for process in ranks:
+                process.wait()

@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_file
 from intrinsic_prompt_tuning.ranks import n_ranks, own_share
 
@@ -248,9 +248,9 @@ class Store:
         path = self.path(result)
         header, record, tensors = read_file(path)
         if header != result.header:
-            raise IptError(f"{path} is not what its name says: remove it, and the command makes it anew")
+            raise damaged(path, "is not what its name says")
         if lacking := set(RECORDED.get(result.kind, ())) - record.keys():
-            raise IptError(f"{path} lacks {sorted(lacking)} in its record: remove it, and the command makes it anew")
+            raise damaged(path, f"lacks {sorted(lacking)} in its record")
         return record, tensors
 
     def best(self, choice: Choice) -> tuple[Result, dict[str, Any], dict[str, Tensor]]:
@@ -278,7 +278,7 @@ class Store:
                         "remove it, or name another folder with --cache"
                     )
                 if result.header.get("kind") != kind or self.path(result) != path:
-                    raise IptError(f"{path} is not what its name says, or is damaged: remove it, and the command makes it anew")
+                    raise damaged(path, "is not what its name says, or is damaged")
                 results.append(result)
             except IptError as error:
                 unusable[str(path)] = str(error)

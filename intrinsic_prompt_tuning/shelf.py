@@ -13,12 +13,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from intrinsic_prompt_tuning.context import Context
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.results import UNFINISHED, Claims
 from intrinsic_prompt_tuning.spaces import Space
-from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, FewShotFiles
+from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, read_rows
 
 PLACE = re.compile(
     r"(?:samples/[^/]+-[0-9a-f]{16}/[^/]+|commands|[^/]+-[0-9a-f]{8}/(?:soft-prompts|subspaces|intrinsic-vectors|scores|claims|budgets))/"
@@ -86,7 +86,7 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
     if not os.path.isfile(path) or not (match or path.suffix in (".safetensors", UNFINISHED)):  # noqa: PTH113 (it takes any text)
         raise IptError(f"{path} is no file of ipt, nor the beginning of one result's name in {x.cache}: see 'ipt cache'")
     if match:
-        rows = FewShotFiles(task=match["task"], files={}).read(path)
+        rows = read_rows(path)
         answers = dict(Counter(row.answers[0] for row in rows).most_common(20))
         first = [{"input": row.input, "answers": list(row.answers)} for row in rows[:5]]
         return {"file": given, **match.groupdict(), "rows": len(rows), "answers": answers, "first": first}
@@ -101,7 +101,7 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
         elif header["kind"] == "soft-prompt":
             about["nearest words"] = _nearest_words(x, header["backbone"], tensors["soft_prompt"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise IptError(f"{path} is not what its header says ({error!r}): remove it, and the command makes it anew") from error
+        raise damaged(path, f"is not what its header says ({error!r})") from error
     return about
 
 

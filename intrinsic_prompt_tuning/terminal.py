@@ -23,7 +23,7 @@ from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.ranks import n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.results import Reporter, duration
 from intrinsic_prompt_tuning.settings import BEHIND_SETTINGS, MACHINE, TESTBED, TESTBED_SETTINGS, Setting
-from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.tasks.checks import check, read_mapping
 
 STOPPED_BY: dict[int, float] = {}
 """The signals that have asked for an end, and when they came; the first tells the exit code."""
@@ -139,7 +139,8 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     commands = context.parent.command.commands  # type: ignore[attr-defined]
     flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
     content, here = read_mapping(file), str(context.info_name)
-    given = {name: value for name, value in content.items() if name not in commands} | (content.get(here) or {})
+    check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
+    given = {name: value for name, value in content.items() if name not in commands} | own
     known = {flag for own in flags.values() for flag in own}
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
@@ -178,7 +179,8 @@ MANNERS: dict[str, Any] = {
 def options_of(x: Experiment, context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a command was told, defaults among it, by the names that `--config` takes."""
     left_out = {*MANNERS, "cache", "processes", "help"}
-    flags = {str(p.name): p.opts[0][2:] for p in context.command.params if p.name not in left_out}
+    options = [p for p in context.command.params if p.name not in left_out and p.opts[0].startswith("--")]
+    flags = {str(p.name): p.opts[0][2:] for p in options}
     settled = x.settings() | {name: value for name, value in given.items() if value is not None}
     return {flag: settled[name] for name, flag in flags.items() if name in settled}
 

@@ -81,7 +81,7 @@ def tasks(tasks_file: Path) -> dict[str, Task]:
 
 
 def words_of(world: World) -> list[str]:
-    entries = (entry for table in world.lexicon.values() for entry in table)
+    entries = (entry for table in world.tables.values() for entry in table)
     values = {value for entry in entries for value in vars(entry).values()}
     return sorted(values | {"the", "sees", "on", "yes", "no", OPTION_MARK})
 

@@ -772,6 +772,7 @@ def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, 
         ("collect: {alpha: 4}", "there is no option --alpha"),
         ("- steps", "expected a mapping, got a list"),
         ("steps: [", "is not readable as YAML"),
+        ("collect: 5", "'collect' must be a mapping, not 5 (quote it)"),
         (None, "there is no file"),
     ],
 )

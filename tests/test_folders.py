@@ -215,7 +215,7 @@ def test_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IptError, match="task 'ag_news' has no test rows for data seed 13"):
         found(tmp_path, "ag_news").sample(13, 16, None)
     (folder / "ag_news_16_13_dev.tsv").write_text("", encoding="utf-8")
-    with pytest.raises(IptError, match="task 'ag_news': its train or dev file for data seed 13 is empty"):
+    with pytest.raises(IptError, match="task 'ag_news' has no validation rows for data seed 13"):
         found(tmp_path, "ag_news").sample(13, 16, None)
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, hub, load_tasks
-from intrinsic_prompt_tuning.tasks.hub import hub_task, read_hub_row, template_fields
+from intrinsic_prompt_tuning.tasks.checks import places
+from intrinsic_prompt_tuning.tasks.hub import hub_task, read_hub_row
 from intrinsic_prompt_tuning.tasks.records import CLEANERS, TRANSFORMS
 
 SHIPPED = yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
@@ -58,7 +59,7 @@ def put(record: dict[str, Any], path: str, value: Any) -> None:
 def made_up_record(row: dict[str, Any], number: int) -> dict[str, Any]:
     """Make a record with exactly the columns that a row reads: text in the template's, a fitting answer and options."""
     record: dict[str, Any] = {}
-    for path in template_fields(row["template"]):
+    for path in places(row["template"]):
         if path != "options":
             put(record, path, MESSY.format(path, number))
     for path in row.get("keep", {}):
@@ -99,7 +100,7 @@ def expected_example(row: dict[str, Any], number: int) -> tuple[str, tuple[str, 
     style = row.get("option_style", " ({letter}) {text}")
     shown = "".join(style.replace("{letter}", a).replace("{text}", b) for a, b in zip(letters, options, strict=False))
     text = row["template"].replace("{options}", shown) if paths else row["template"]
-    for path in template_fields(row["template"]):
+    for path in places(row["template"]):
         text = text.replace("{" + path + "}", column(path), 1)
     text = text.replace("\n", row.get("replace", {}).get("\n", "\n"))
     if isinstance(clean, str) and clean:
@@ -430,6 +431,7 @@ GOOD = {"dataset": "d", "template": "{text} [SEP] {b}", "answer": "label", "metr
             {"splits": {"random": "unsen"}},
             "field 'splits', entry 'random' is 'unsen'; did you mean 'unseen' or 'unseen-in' or 'unseen-out'?; it can be",
         ),
+        ({"clean": {"a.text": "strip"}}, "clean names 'a.text', but only whole columns can be cleaned"),
         ({"clean": {"text": "white"}}, "field 'clean', entry 'text' is 'white'; did you mean 'whitespace'?"),
         ({"keep": {"label": 0}}, "field 'keep', entry 'label' must be a list, not 0"),
         ({"template": "{text"}, "field 'template' cannot be read"),

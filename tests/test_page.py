@@ -130,10 +130,28 @@ def test_without_matplotlib_the_page_has_no_pictures_and_that_is_said(
     assert "<img" not in text and "None could be drawn" in text
 
 
+def test_a_page_tells_every_command_that_learned_and_no_damaged_file_of_options_ends_it(
+    finished: tuple[Path, Callable[..., Result]], tmp_path: Path
+) -> None:
+    commands = finished[0].parent / "cache" / "commands"
+    damaged = {"run-00000000.yaml": "run: [", "run-11111111.yaml": "", "tune-22222222.yaml": "5", "run-33333333.yaml": "run: 5"}
+    long = {"collect-44444444.yaml": f"collect: {{backbone: {'x' * 300}}}", "collect-55555555.yaml": "collect: {}\nrun: {}"}
+    for name, content in (damaged | long).items():
+        (commands / name).write_text(content, encoding="utf-8")
+    try:
+        done = finished[1]("report", "--out", tmp_path / "page.html")
+    finally:
+        for name in damaged | long:
+            (commands / name).unlink()
+    assert done.code == 0, done.err
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^(?:.*<pre>)?([a-z-]+):(?: \{|$)", text, re.M)) == ["collect", "fit-subspace", "tune", "tune"]
+
+
 def test_a_page_that_cannot_be_written_is_one_sentence(finished: tuple[Path, Callable[..., Result]], tmp_path: Path) -> None:
     done = finished[1]("report", "--out", tmp_path)
     assert done.code == 1
-    assert re.search(r"^error: cannot write .*; name another folder with --out$", done.err.splitlines()[-1])
+    assert re.search(r"^error: cannot write .*; name another folder with --cache or --out$", done.err.splitlines()[-1])
 
 
 def in_browser(page: str, width: int, script: str, folder: Path) -> object:

@@ -93,6 +93,12 @@ def test_more_processes_than_cores_are_refused() -> None:
         run_in_processes(["never", "run"], 6400)
 
 
+def test_a_process_that_says_more_than_a_pipe_holds_does_not_wait_for_ever() -> None:
+    says = "import os, sys\nif os.environ['RANK'] == '1':\n    sys.stderr.write('x' * 300_000)\n    raise SystemExit(3)"
+    code, told = run_in_processes([sys.executable, "-c", says], 2)
+    assert code == 3 and told == "x" * 300_000
+
+
 def test_a_mistake_is_told_once_for_all_processes(shared_options: list[object], tmp_path: Path) -> None:
     done = in_processes("collect", "--task", "mood-god", *shared_options, "--cache", tmp_path)
     assert done.code == 1

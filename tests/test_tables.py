@@ -136,6 +136,8 @@ def test_columns_can_be_named_and_two_readings_are_asked_about(tmp_path: Path) -
     assert rows_of(path, columns="review,output")[0] == Example("r0", ("o0",))
     assert rows_of(path, columns="review,label,choices")[0] == Example("r0", ("l0",), ("l0", "x"))
     with pytest.raises(IptError, match="has the columns review, text"):
+        rows_of(path, columns="review,label,choices,text")  # three columns are what a row is made of
+    with pytest.raises(IptError, match="has the columns review, text"):
         find_table_tasks(path, {}, "review,stars")
 
 

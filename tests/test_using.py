@@ -21,9 +21,9 @@ from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.tasks import PARTS, TASKS_FILE, Example, load_tasks
-from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
 from intrinsic_prompt_tuning.tasks.folders import parse_input
-from intrinsic_prompt_tuning.tasks.hub import read_hub_row, template_fields
+from intrinsic_prompt_tuning.tasks.hub import read_hub_row
 
 Cli = Callable[..., Result]
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -207,12 +207,8 @@ def test_every_template_that_ships_renders_a_record_without_its_answer() -> None
     ]
     assert len(shipped) == 147
     for row in shipped:
-        paths = {
-            *template_fields(row.template),
-            *([row.options] if isinstance(row.options, str) else row.options),
-            row.option_labels,
-        }
-        paths |= {path for new in row.replace.values() for path in template_fields(new)}
+        paths = {*places(row.template), *([row.options] if isinstance(row.options, str) else row.options), row.option_labels}
+        paths |= {path for new in row.replace.values() for path in places(new)}
         record: dict[str, Any] = {}
         for path in sorted(paths - {""} - ({"options"} if row.options else set())):
             put(record, path.split("."), f"<{path}>")
@@ -220,7 +216,7 @@ def test_every_template_that_ships_renders_a_record_without_its_answer() -> None
             record["options"] = ["<one>", "<two>"]
         example = row.render(record)
         assert example.answers == ("",) and (example.options or row.pick == "free"), row.where
-        for path in template_fields(row.template):
+        for path in places(row.template):
             assert path == "options" or re.sub(r"[^a-z]", "", path) in re.sub(r"[^a-z]", "", example.input), row.where
 
 

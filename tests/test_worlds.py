@@ -25,7 +25,7 @@ def scene(world: World) -> Scene:
     """Return `the wild hen sees four leaves on sunday`."""
     wanted = {"mood": "wild", "animal": "hen", "count": "four", "thing": "leaf", "day": "sunday"}
     return {
-        slot: next(entry for entry in world.lexicon[table] if entry.word == wanted[slot]) for slot, table in world.slots.items()
+        slot: next(entry for entry in world.tables[table] if entry.word == wanted[slot]) for slot, table in world.slots.items()
     }
 
 
@@ -137,7 +137,7 @@ def test_fewer_test_rows_are_the_first_of_more(tasks: dict[str, Task]) -> None:
 
 def test_every_row_answers_its_question(world: World, tasks: dict[str, Task], sampler: Any) -> None:
     told = {}
-    for entries in itertools.product(*(world.lexicon[table] for table in world.slots.values())):
+    for entries in itertools.product(*(world.tables[table] for table in world.slots.values())):
         scene = dict(zip(world.slots, entries, strict=True))
         told[world.describe(scene)] = scene
     for name, task in tasks.items():
@@ -201,5 +201,5 @@ def test_a_world_s_task_says_its_question_and_holds_all_that_its_rows_follow_fro
     task = tasks["count-next"]
     assert task.source == "small: count next"
     text, row, _ = task.definition
-    assert text == {"sentence": world.sentence, "slots": world.slots, "lexicon": world.text.lexicon}
+    assert text == {"sentence": world.sentence, "slots": world.slots, "lexicon": world.lexicon}
     assert row == {"world": "small", "kind": "transformation", "question": "count next", "splits": {"tiny": "seen"}}

@@ -16,12 +16,13 @@ from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, 
 from intrinsic_prompt_tuning.tasks.folders import find_few_shot_tasks, has_few_shot_files, kept, missing_files
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 from intrinsic_prompt_tuning.tasks.splits import split_tasks
-from intrinsic_prompt_tuning.tasks.tables import find_table_tasks
-from intrinsic_prompt_tuning.tasks.worlds import World, WorldText, world_task
+from intrinsic_prompt_tuning.tasks.tables import Kind, find_table_tasks
+from intrinsic_prompt_tuning.tasks.worlds import World, world_task
 
 __all__ = [
     "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "find_table_tasks",
-    "has_few_shot_files", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest", "split_tasks", "subsets",
+    "find_tasks", "has_few_shot_files", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest",
+    "split_tasks", "subsets",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).parents[1]
@@ -48,9 +49,17 @@ def load_tasks(file: Path) -> dict[str, Task]:
 def load_worlds(file: Path) -> dict[str, World]:
     """Return the worlds of a tasks file."""
     rows = _content(file).get("worlds", {})
-    return {
-        name: World(name, build(WorldText, row, f"{file}: world {name}"), f"{file}: world {name}") for name, row in rows.items()
-    }
+    return {name: build(World, row, where := f"{file}: world {name}", name=name, where=where) for name, row in rows.items()}
+
+
+def find_tasks(
+    file: Path, data: Path | None = None, columns: str = "", kind: Kind | None = None
+) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Return the tasks of a tasks file, or of few-shot files, of which it tells what their rows do not; and one's own tables'."""
+    known = load_tasks(file)
+    if data and has_few_shot_files(data):
+        return find_few_shot_tasks(data, known), {}
+    return known, find_table_tasks(data, known, columns, kind) if data else {}
 
 
 def subsets(file: Path) -> Mapping[str, Sequence[str]]:

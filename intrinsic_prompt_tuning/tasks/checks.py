@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.errors import IptError, nearest, short
 
 T = TypeVar("T")
 NAMES_OF_TYPES = {str: "text", dict: "a mapping", list: "a list", bool: "true or false", int: "a number", float: "a number"}
@@ -69,11 +69,11 @@ def _plain(hint: Any) -> Any:
     return str if kind is Literal else kind
 
 
-def check_format(template: str, where: str) -> list[str]:
-    """Refuse a template that does more than put text into places: conversions, widths, which could fill the memory.
+def places(template: str, where: str = "") -> list[str]:
+    """Return the names of a template's places, in order.
 
-    Returns:
-        The names of the places, in order.
+    Raises:
+        IptError: it does more than put text into places: conversions, widths, which could fill the memory.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -91,12 +91,6 @@ def described(value: Any) -> str:
     if isinstance(value, bool):
         return f"{str(value).lower()} (in YAML yes, no, on and off are booleans: quote it)"
     return short(value) if isinstance(value, str) else f"{short(value)} (quote it)"
-
-
-def short(value: Any, most: int = 80) -> str:
-    """Return what a person wrote, cut to what a sentence can hold."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class _StrictLoader(yaml.SafeLoader):

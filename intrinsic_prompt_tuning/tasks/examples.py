@@ -64,7 +64,6 @@ class Task:
     splits: Mapping[str, str] = field(default_factory=dict)
     """Name of a split -> this task's role in it."""
     category: str = ""
-    note: str = ""
     pretrained: bool = False
     """The testbed's backbone was trained on this very question."""
     definition: Any = None

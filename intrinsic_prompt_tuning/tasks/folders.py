@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.files import digest, write_bytes
 from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
 from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
@@ -35,7 +36,7 @@ class FewShotFiles:
 
     def __str__(self) -> str:
         """Return what the folder holds."""
-        test = "" if self.has_test else ", no test rows"
+        test = "" if any(part == "test" for *_, part in self.files) else ", no test rows"
         sizes = sorted({k for k, _, part in self.files if part == "train"})
         return f"few-shot files, K {'/'.join(map(str, sizes))}, data seeds {' '.join(map(str, self.seeds))}{test}"
 
@@ -43,11 +44,6 @@ class FewShotFiles:
     def seeds(self) -> list[int]:
         """The data seeds with both train and dev rows."""
         return sorted({seed for k, seed, part in self.files if part == "train" and (k, seed, "dev") in self.files})
-
-    @property
-    def has_test(self) -> bool:
-        """Whether there are test rows."""
-        return any(part == "test" for *_, part in self.files)
 
     def draw(self, data_seed: int, shots: int, test_rows: int | None) -> Sample:
         """Read the sample of one seed; K is `shots`, or 2 * `shots` in total without labels.
@@ -69,38 +65,31 @@ class FewShotFiles:
         test = self.files.get((k, data_seed, "test"), self.files.get((0, 0, "test")))
         if test is None and test_rows != 0:
             raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
-        train, dev = (self.read(self.files[k, data_seed, part]) for part in ("train", "dev"))
-        if not (train and dev):
-            raise IptError(f"task '{self.task}': its train or dev file for data seed {data_seed} is empty")
-        return Sample(train, dev, drawn_test_rows(self.read(test), test_rows) if test and test_rows != 0 else ())
-
-    def read(self, path: Path) -> Rows:
-        """Return the rows of a file; those of TSV have the options of all."""
-        try:
-            if not path.is_file():  # such as a device, which never ends
-                raise OSError("it is no file")
-            lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a row may hold any other line separator
-        except (OSError, UnicodeDecodeError) as error:
-            raise IptError(f"{path} cannot be read: {error}") from error
-        return tuple(
-            self._row(f"{path}, line {number}", path.suffix, line) for number, line in enumerate(lines, 1) if line.strip()
-        )
-
-    def _row(self, where: str, suffix: str, line: str) -> Example:
-        if suffix == ".jsonl":
-            return parse_row(where, line)
-        text, *answers = line.removesuffix("\r").split("\t")
-        if not answers:
-            raise IptError(f"{where}: expected an input, a tab and the references, but there is no tab")
-        return Example(text, tuple(answers), self.options)
+        train, dev = (read_rows(self.files[k, data_seed, part], self.options) for part in ("train", "dev"))
+        return Sample(train, dev, drawn_test_rows(read_rows(test, self.options), test_rows) if test and test_rows != 0 else ())
 
 
-def parse_row(where: str, line: str) -> Example:
-    """Read one JSON object: input, output, and if it has them options, answers (all references) and tail.
+def read_rows(path: Path, options: tuple[str, ...] = ()) -> Rows:
+    """Return the rows of a few-shot file; those of TSV have these options."""
+    try:
+        if not path.is_file():  # such as a device, which never ends
+            raise OSError("it is no file")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # a row may hold any other line separator
+    except (OSError, UnicodeDecodeError) as error:
+        raise IptError(f"{path} cannot be read: {error}") from error
+    parse = _json_row if path.suffix == ".jsonl" else partial(_tsv_row, options)
+    return tuple(parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
 
-    Raises:
-        IptError: it is no such object.
-    """
+
+def _tsv_row(options: tuple[str, ...], line: str, where: str) -> Example:
+    text, *answers = line.removesuffix("\r").split("\t")
+    if not answers:
+        raise IptError(f"{where}: expected an input, a tab and the references, but there is no tab")
+    return Example(text, tuple(answers), options)
+
+
+def _json_row(line: str, where: str) -> Example:
+    """Read one JSON object: input, output, and if it has them options, answers (all references) and tail."""
     try:
         row = json.loads(line)
         text, answers, options = row["input"], row.get("answers") or [row["output"]], row.get("options") or []
@@ -134,8 +123,7 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
             raise IptError("expected text in input, and a list of texts in options")
         "".join([example.input, *example.options]).encode()  # what is no text does not survive this
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise IptError(f"expected text, or a JSON object with input or the template's columns ({told})") from error
+        raise IptError(f"expected text, or a JSON object with input or the template's columns ({short(error, 200)})") from error
     return task, example
 
 
@@ -169,7 +157,7 @@ def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Ta
 def _task_of(source: FewShotFiles, known: Task | None) -> Task:
     if known is None:
         first = next(path for (_, seed, part), path in source.files.items() if part == "train" and seed in source.seeds)
-        options = {row.options for row in source.read(first)}
+        options = {row.options for row in read_rows(first)}
         kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
         known = Task(name=source.task, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=source.draw, source="")
     source = replace(source, per_label=known.kind == "classification", options=known.words)
@@ -205,7 +193,7 @@ def kept(task: Task, folder: Path) -> Task:
         own = folder / f"{task.name}-{name}" / task.name
         *files, checksum = (own / f"{task.name}_{k}_{data_seed}{end}" for end in KEPT)
         with contextlib.suppress(IptError, OSError):  # what is not there, or damaged, is drawn anew
-            sample = Sample(*map(FewShotFiles(task=task.name, files={}).read, files))
+            sample = Sample(*map(read_rows, files))
             if checksum.read_bytes() == digest([rows_digest(rows) for rows in sample]).encode():
                 return sample
         sample = task.draw(data_seed, shots, test_rows)

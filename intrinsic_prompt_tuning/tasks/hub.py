@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.lazy import datasets
-from intrinsic_prompt_tuning.tasks.checks import build, check_format
+from intrinsic_prompt_tuning.tasks.checks import build, places
 from intrinsic_prompt_tuning.tasks.crossfit import crossfit_sample, drawn_test_rows, shuffled
 from intrinsic_prompt_tuning.tasks.examples import Example, Metric, Role, Rows, Sample, Task
 from intrinsic_prompt_tuning.tasks.records import CLEANERS, TRANSFORMS, Record, look_up, map_text, texts
@@ -131,8 +131,8 @@ class HubRow:
     @property
     def _parts(self) -> tuple[str, str]:
         """The template up to the field that truncation shortens, and the rest, which it spares."""
-        *others, last = template_fields(self.template) or [""]
-        gives_way = self.truncate or (others[-1] if others and last == "options" else "start")
+        *others, last = places(self.template) or [""]
+        gives_way = self.truncate or (others[-1] if others and last == "options" else "")
         head, mark, tail = self.template.partition("{" + gives_way + "}")
         return head + mark, tail
 
@@ -232,11 +232,6 @@ def _is_kept(value: Any, values: Sequence[str]) -> bool:
     return any(text in values if values else text for text in texts(value))
 
 
-def template_fields(template: str) -> list[str]:
-    """List the paths that a template names, in order."""
-    return [path for _, path, *_ in string.Formatter().parse(template) if path is not None]
-
-
 def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
     """Read one row of a tasks file.
 
@@ -266,14 +261,16 @@ def _check_row(row: HubRow) -> None:
     """Refuse what contradicts itself or cannot be read."""
     texts_with_places = [("template", row.template), ("option_style", row.option_style)]
     for name, template in texts_with_places + [("replace", new) for new in row.replace.values()]:
-        check_format(template, f"{row.where}: field '{name}'")
+        places(template, f"{row.where}: field '{name}'")
     # The first reads pickles, which can hold code; the others write elsewhere, or in many processes.
     if row.dataset == "pandas" or row.reader.keys() & {"cache_dir", "download_config", "num_proc", "storage_options"}:
         raise IptError(f"{row.where}: dataset 'pandas', and a 'reader' with cache_dir, num_proc and the like, are not allowed")
-    named = template_fields(row.template)
+    if nested := [column for column in row.clean if "." in column] if isinstance(row.clean, dict) else []:
+        raise IptError(f"{row.where}: clean names '{nested[0]}', but only whole columns can be cleaned")
+    named = places(row.template)
     if row.truncate not in ("", "start", *named):
         raise IptError(f"{row.where}: truncate names '{row.truncate}', but the template has only {', '.join(named)}")
-    if unknown := set(template_fields(row.option_style)) - {"letter", "text"}:
+    if unknown := set(places(row.option_style)) - {"letter", "text"}:
         raise IptError(f"{row.where}: option_style names '{unknown.pop()}', but there are only letter and text")
     if row.transform and (not isinstance(row.transform[0], str) or row.transform[0] not in TRANSFORMS):
         name = str(row.transform[0])
@@ -290,7 +287,7 @@ def _check_row(row: HubRow) -> None:
 def hub_task(name: str, row: Any, file: Path) -> Task:
     """Return a task whose rows are CrossFit's sample of a data set."""
     read = read_hub_row(name, row, file)
-    about = {key: getattr(read, key) for key in ("kind", "metric", "splits", "category", "note")}
+    about = {key: getattr(read, key) for key in ("kind", "metric", "splits", "category")}
     source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
     return Task(
         name=name, source=source, draw=partial(draw_hub, read), definition=None if read.is_local else row,

@@ -155,17 +155,6 @@ def _gold_paragraphs(records: Iterable[Record]) -> Iterator[Record]:
         yield record | {"gold": " ".join(gold).strip()}
 
 
-TRANSFORMS: dict[str, Callable[..., Iterator[Record]]] = {
-    "merge": _merge,
-    "dialogues": _dialogues,
-    "pair": _pair,
-    "acronym": _acronym,
-    "majority": _majority,
-    "band": _band,
-    "math_options": _math_options,
-    "inline_options": _inline_options,
-    "multirc": _multirc,
-    "infobox": _infobox,
-    "proto_qa": _proto_qa,
-    "gold_paragraphs": _gold_paragraphs,
-}
+_ALL = (_merge, _dialogues, _pair, _acronym, _majority, _band, _math_options, _inline_options, _multirc, _infobox, _proto_qa,
+        _gold_paragraphs)  # fmt: skip
+TRANSFORMS: dict[str, Callable[..., Iterator[Record]]] = {transform.__name__[1:]: transform for transform in _ALL}

@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.files import file_name
-from intrinsic_prompt_tuning.tasks.checks import short
 from intrinsic_prompt_tuning.tasks.crossfit import crossfit_sample, drawn_test_rows, shuffled
 from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task, check_names
 from intrinsic_prompt_tuning.tasks.records import Record, texts
@@ -131,7 +130,8 @@ def _columns(path: Path, record: Record, said: str) -> list[str]:
     inputs, answers, options = ([name for name in record if name.strip().lower() in names] for names in COLUMNS)
     readings = [[*pair, *options] for pair in itertools.product(inputs, answers)] + [["messages"]] * ("messages" in record)
     if said:
-        readings = [said.split(",")] if record.keys() >= set(said.split(",")) else []
+        wanted = said.split(",")
+        readings = [wanted] if record.keys() >= set(wanted) and len(wanted) <= len(COLUMNS) else []
     if len(readings) != 1:
         raise IptError(
             f"{path} has the columns {short(', '.join(record), 200)}; expected one of {', '.join(COLUMNS[0])} and one of "

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from intrinsic_prompt_tuning.errors import IptError, nearest
-from intrinsic_prompt_tuning.tasks.checks import build, check_format
-from intrinsic_prompt_tuning.tasks.examples import Draw, Example, Metric, Role, Rows, Sample, Task
+from intrinsic_prompt_tuning.tasks.checks import build, places
+from intrinsic_prompt_tuning.tasks.examples import Example, Metric, Role, Rows, Sample, Task
 
 Scene = dict[str, SimpleNamespace]  # slot -> lexicon entry, one attribute per column
 OPTION_MARK = "|"
@@ -39,39 +39,37 @@ class LexiconTable:
         return [SimpleNamespace(**dict(zip(self.columns, row.split(), strict=True))) for row in self.rows]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorldText:
-    """A world as a tasks file says it."""
-
-    sentence: str
-    slots: dict[str, str]
-    lexicon: dict[str, dict[str, Any]]
-
-
+@dataclass(kw_only=True, eq=False)
 class World:
     """A synthetic language in which every question has one computable answer."""
 
-    def __init__(self, name: str, text: WorldText, where: str) -> None:
+    name: str
+    where: str
+    """For messages. Nobody writes these two."""
+    sentence: str
+    """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
+    slots: dict[str, str]
+    """Slot of the sentence -> the lexicon's table that fills it."""
+    lexicon: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
         """Read the lexicon, and try one sentence.
 
         Raises:
             IptError: a table, a slot or a column is not there, or a row has not as many words as there are columns.
         """
-        self.name, self.text = name, text
-        self.sentence = text.sentence
-        """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
-        self.slots = text.slots
-        """Slot of the sentence -> the lexicon's table that fills it."""
-        for place in check_format(text.sentence, f"{where}: 'sentence'"):
+        where = self.where
+        self.definition = {"sentence": self.sentence, "slots": self.slots, "lexicon": self.lexicon}
+        for place in places(self.sentence, f"{where}: 'sentence'"):
             if not re.fullmatch(r"\w+\.[^\W_]\w*", place):
                 raise IptError(f"{where}: expected 'sentence' with {{slot.column}}, not with {{{place}}}")
-        tables = {table: build(LexiconTable, row, f"{where}, table '{table}'") for table, row in text.lexicon.items()}
+        tables = {table: build(LexiconTable, row, f"{where}, table '{table}'") for table, row in self.lexicon.items()}
         try:
-            self.lexicon = {name: table.entries() for name, table in tables.items()}
-            self._entries = {slot: self.lexicon[table] for slot, table in self.slots.items()}
+            self.tables = {name: table.entries() for name, table in tables.items()}
+            self._entries = {slot: self.tables[table] for slot, table in self.slots.items()}
             self._known = {slot: {v for c in self.columns(slot) for v in self.values(slot, c)} for slot in self.slots}
             self.describe(self.draw(random.Random(0)))
-            json.dumps(vars(text), ensure_ascii=False).encode()  # half a character cannot be written
+            json.dumps(self.definition, ensure_ascii=False).encode()  # half a character cannot be written
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise IptError(
                 f"{where}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table), 'lexicon' "
@@ -170,28 +168,23 @@ def world_task(name: str, row: Any, worlds: Mapping[str, World], file: Path) -> 
         raise IptError(f"{where}: {error}") from error
     return Task(
         name=name, kind=fields.kind, metric=fields.metric or WORLD_METRICS[fields.kind], splits=fields.splits,
-        pretrained=fields.pretrained, source=f"{world.name}: {fields.question}", definition=[vars(world.text), row, TEST_STREAM],
-        draw=world_draw(world, fields.question, fields.kind),
+        pretrained=fields.pretrained, source=f"{world.name}: {fields.question}", definition=[world.definition, row, TEST_STREAM],
+        draw=partial(draw_world, world, fields.question, fields.kind),
     )  # fmt: skip
 
 
-def world_draw(world: World, question: str, kind: str) -> Draw:
-    """Return how a task's rows are drawn, as many of every label for classification.
+def draw_world(world: World, question: str, kind: str, data_seed: int, shots: int, test_rows: int | None) -> Sample:
+    """Draw a task's rows, as many of every label for classification.
 
     A sentence's checksum decides its part, so that train, validation and test rows never meet.
     """
-    labels = world.labels(question)
+    count = shots * len(world.labels(question)) if kind == "classification" else 2 * shots
     rows = partial(draw_rows, world, question, kind)
-
-    def draw(data_seed: int, shots: int, test_rows: int | None) -> Sample:
-        count = shots * len(labels) if kind == "classification" else 2 * shots
-        return Sample(
-            train=rows(count, f"train {data_seed}", (2, 3)),
-            validation=rows(count, f"validation {data_seed}", (1,)),
-            test=rows(1000 if test_rows is None else test_rows, TEST_STREAM, (0,)),
-        )
-
-    return draw
+    return Sample(
+        train=rows(count, f"train {data_seed}", (2, 3)),
+        validation=rows(count, f"validation {data_seed}", (1,)),
+        test=rows(1000 if test_rows is None else test_rows, TEST_STREAM, (0,)),
+    )
 
 
 def draw_rows(world: World, question: str, kind: str, count: int, stream: str, parts: Collection[int]) -> Rows:
