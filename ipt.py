@@ -8,50 +8,46 @@
     ipt run            all four
 
 Paper: Qin et al., "Exploring Universal Intrinsic Task Subspace via Prompt Tuning", arXiv 2110.07867.
-This is the command line; what it calls is in the package `intrinsic_prompt_tuning`, its rooms listed in README.md.
+This is the command line, all that knows Typer and rich; what it calls is in the package `intrinsic_prompt_tuning`, its rooms
+listed in README.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
-import signal
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 
 from intrinsic_prompt_tuning.adapters import export_prompts, import_prompt
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Options, Rates, Start
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.page import make_page
 from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
-from intrinsic_prompt_tuning.ranks import rank
-from intrinsic_prompt_tuning.report import (
-    make_report,
-    report_text,
-    sample_text,
-    spread_text,
-    table_text,
-    tasks_text,
-    wanted_scores,
-    wrong_answers,
-)
-from intrinsic_prompt_tuning.results import Result, size
-from intrinsic_prompt_tuning.settings import versions
-from intrinsic_prompt_tuning.shelf import about_file, cache_files, remove
+from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes, stopped_by
+from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, tasks_text, wrong_answers
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.settings import TESTBED, Manners, Sharing, described, versions
+from intrinsic_prompt_tuning.shelf import about_file, cache_files, files_text, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
-from intrinsic_prompt_tuning.terminal import STOPPED_BY, Terminal, echo, option, stderr, with_options
+from intrinsic_prompt_tuning.tasks.checks import check, read_mapping
 from intrinsic_prompt_tuning.tuning import TuneConfig
 from intrinsic_prompt_tuning.using import predict, tuned_prompts, warm_starts
 
@@ -59,8 +55,154 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
+stderr = Console(stderr=True, highlight=False)
+
+# --- What a person sees: results on stdout, progress and messages on stderr ----------------------
+
+
+def echo(text: str = "") -> None:
+    """Print a line of results on stdout, once for all ranks; end when its reader, such as `head`, has had enough."""
+    if rank() == 0:
+        try:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            Console().on_broken_pipe()
+            raise SystemExit(0) from None
+
+
+def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
+    """Print the paper's table for people, or all of it as one JSON object."""
+    told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
+    echo(json.dumps(told) if as_json else report_text(told, wide=wide))
+
+
+def print_found(found: dict[str, Any], as_json: bool) -> None:
+    """Print what was found as one JSON object, or for people as YAML."""
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": stderr.width}
+    echo(json.dumps(found) if as_json else yaml.safe_dump(found, **style).rstrip())
+
+
+class Terminal(Reporter):
+    """Shows a person what the stages do."""
+
+    def __init__(self, *, quiet: bool = False, **more: Any) -> None:
+        """Say nothing, or more: see `Reporter`."""
+        super().__init__(**more)
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Print a message on stderr, once for all ranks."""
+        if rank() == 0 and not self.quiet:
+            stderr.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
+        """Show a bar with what is left, or plain lines when stderr is no terminal."""
+        if not total or rank() or self.quiet or not stderr.is_terminal:
+            with super().progress(label, total) as advance:
+                yield advance
+            return
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=stderr) as bar:
+            line = bar.add_task(label, total=total)
+            yield lambda done: bar.update(line, completed=done)
+            bar.update(line, completed=total)
+
 
 # --- Options -------------------------------------------------------------------------------------
+
+
+def option(kind: type, name: str, flag: str = "") -> Any:
+    """Return the annotation of an option for a dataclass field, None without a Setting; not giving it leaves the default."""
+    if (found := described(kind, name)) is None:
+        return None
+    value, setting = found
+    about: dict[str, Any] = {"show_default": setting.shown_default or False, "rich_help_panel": setting.panel or None}
+    told = typer.Option(flag or setting.name, help=setting.help, min=setting.least, max=setting.most, **about)
+    return Annotated[value | None, told]
+
+
+def read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Take options from a file: those at its top, and those under the command's name; flags and the environment win."""
+    if file is None or context.parent is None:
+        return file
+    commands = context.parent.command.commands  # type: ignore[attr-defined]
+    flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
+    content, here = read_mapping(file), str(context.info_name)
+    check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
+    given = {name: value for name, value in content.items() if name not in commands} | own
+    known = {flag for options in flags.values() for flag in options}
+    for name, value in given.items():
+        flag = f"--{name}".replace("_", "-")
+        if flag not in known or (name not in content and flag not in flags[here]):
+            raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
+        if parameter := flags[here].get(flag):
+            several = parameter.multiple and not isinstance(value, list)
+            context.default_map = {**(context.default_map or {}), parameter.name: [value] if several else value}
+    return file
+
+
+NOT_KEPT = {*(f.name for kind in (Manners, Sharing) for f in fields(kind)), "cache", "help"}
+"""What the file of options that reproduces a command does not hold."""
+QUICK_SETTINGS = {"steps": 80, "subspace_steps": 50}
+
+
+def parameters_of(function: Callable[..., None], groups: tuple[type, ...]) -> list[inspect.Parameter]:
+    """Return what a command is given: its function's own parameters, those of dataclasses, and `context`."""
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    taken = {p.name for p in own}
+    added = {f.name: option(kind, f.name) for kind in (*groups, Manners) for f in fields(kind) if f.name not in taken}
+    config = added["config"].__metadata__[0]
+    config.is_eager, config.callback = True, read_config
+    annotated = {p.name: (p.annotation, p.default) for p in own} | {name: (a, None) for name, a in added.items() if a}
+    for name, (annotation, _) in annotated.items():  # every option can be given by the environment, too
+        about = annotation.__metadata__[0]
+        flag = about.default if str(about.default).startswith("--") else name  # Typer has the flag there until it is used
+        flag = flag.split("/")[0].lstrip("-")
+        about.envvar, about.show_envvar = f"IPT_{flag.replace('-', '_').upper()}", False
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    return [context, *(context.replace(name=n, annotation=a, default=d) for n, (a, d) in annotated.items())]
+
+
+def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function: dataclasses give it options, and what was given makes the experiment, its first argument.
+
+    With the options `Sharing`, several processes can share the command's work.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = [*inspect.signature(function).parameters][1:]
+
+        @wraps(function)
+        def expanded(context: typer.Context, **values: Any) -> None:
+            small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
+            count = values.pop("processes", None) or n_processes(small)
+            terminal = Terminal(quiet=bool(values["quiet"]), verbose=bool(values["verbose"]), log=values["log"])
+            try:
+                if Sharing in groups and n_ranks() == 1 and count > 1:
+                    terminal.quiet = True  # the first of them says how to go on
+                    code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
+                    sys.stderr.write(told)
+                    raise SystemExit(code)
+                if values.get("quick"):
+                    values |= {name: value for name, value in QUICK_SETTINGS.items() if values[name] is None}
+                # `tune` has one rate, of whatever it tunes.
+                values.setdefault("learning_rate", values.get("vector_learning_rate"))
+                x = Experiment(values, terminal)
+                x.tell(name, values, {str(p.name): p.opts[0] for p in context.command.params if p.name not in NOT_KEPT})
+                function(x, **{name: values[name] for name in own})
+                if Sharing in groups:
+                    x.finish()
+            except KeyboardInterrupt:
+                terminal.say("stopped: what is done is kept, and the same command goes on from here")
+                raise SystemExit(stopped_by()) from None
+
+        parameters = parameters_of(function, groups)
+        expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return app.command(name)(expanded)
+
+    return register
 
 
 DIM_HELP = "Intrinsic dimension; repeat it for more."
@@ -75,7 +217,6 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what wou
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SourceOption = Annotated[str, typer.Option("--from", help="best, prompt, vector; or a file of any kind that 'ipt import' reads.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
-FileArgument = Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")]
 QuantityOption = Annotated[Quantity, typer.Option(help="What pictures show of scores.")]
 WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 
@@ -83,22 +224,7 @@ WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 # A command is a signature, a line of help, and descriptions of results that are made.
 
 
-def chosen(x: Experiment, task: list[str] | None, seen: bool, unseen: bool) -> list[str]:
-    """Return the tasks that the options name; all of the split when they name none."""
-    wanted = [role for role, asked in (("seen", seen), ("unseen", unseen)) if asked]
-    found = list(dict.fromkeys([*(x.task(name).name for name in task or []), *x.named(*wanted)]))
-    if wanted and not found:
-        raise IptError(f"the split {x.options.split} has no {' and no '.join(wanted)} tasks; 'ipt tasks' lists what it has")
-    return found or x.own or list(x.roles)
-
-
-def flat(choices: Mapping[str, tuple[Result, ...]]) -> list[Result]:
-    """Return all results of choices."""
-    return [result for choice in choices.values() for result in choice]
-
-
-@app.command()
-@with_options(Options, TuneConfig)
+@command("collect", Options, TuneConfig, Sharing)
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
@@ -110,15 +236,13 @@ def collect(
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
-    good = x.with_rows(chosen(x, task, seen, unseen), data_seed)
+    good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
     starts = warm_starts(x, start, good, data_seed, dim) if start else None
-    x.make(flat(x.soft_prompts(good, data_seed, starts)), dry_run=dry_run)
+    x.make(chain(*x.soft_prompts(good, data_seed, starts).values()), dry_run=dry_run)
     x.report.say(f"results: {x.store.folder}")
-    x.finish()
 
 
-@app.command("fit-subspace")
-@with_options(Options, SubspaceConfig)
+@command("fit-subspace", Options, SubspaceConfig, Sharing)
 def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = False) -> None:
     """Find the subspace of the seen tasks' soft prompts.
 
@@ -129,11 +253,9 @@ def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = F
     x.make(subspaces, dry_run=dry_run)
     for subspace in () if dry_run else subspaces:
         x.report.say(f"subspace {subspace.name[:8]}: {x.store.path(subspace)}")
-    x.finish()
 
 
-@app.command()
-@with_options(Options, TuneConfig)
+@command("tune", Options, TuneConfig, Sharing)
 def tune(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False, dim: DimOption = None,
     data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace", start: StartOption = "random",
@@ -146,21 +268,19 @@ def tune(
 
     Example: ipt tune --task day-next --dim 250 --data-seed 21
     """
-    tasks = chosen(x, task, seen, unseen)
+    tasks = x.chosen(task, seen, unseen)
     if space == "prompt":
-        wanted = flat(x.soft_prompts(x.with_rows(tasks, data_seed), data_seed))
+        choices = [*x.soft_prompts(x.with_rows(tasks, data_seed), data_seed).values()]
     else:
         spaces = [x.choose_subspace(space, one, subspace) for one in dim or [250]]
         good = x.with_rows(tasks, data_seed)
-        wanted = [result for found in spaces for result in flat(x.intrinsic_vectors(good, data_seed, found, start))]
-        wanted += [found for found in spaces if space != "subspace"]
-    x.make(wanted, dry_run=dry_run)
+        choices = [own for found in spaces for own in x.intrinsic_vectors(good, data_seed, found, start).values()]
+        choices += [tuple(spaces)] * (space != "subspace")
+    x.make(chain(*choices), dry_run=dry_run)
     x.report.say(f"results: {x.store.folder}")
-    x.finish()
 
 
-@app.command("eval")
-@with_options(Options)
+@command("eval", Options, Sharing)
 def evaluate(
     x: Experiment, per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
@@ -170,17 +290,15 @@ def evaluate(
 
     Example: ipt eval --per-task
     """
-    scores = wanted_scores(x, wrong)
+    scores = x.wanted_scores(wrong)
     x.make(scores, dry_run=dry_run)
     if wrong and not dry_run:
         print_found({} if rank() else wrong_answers(x, scores, None if as_json else stderr.width - 11), as_json)
     elif not dry_run:
         print_report(make_report(x, scores), as_json, per_task=per_task, wide=wide)
-    x.finish()
 
 
-@app.command()
-@with_options(Options, TuneConfig, SubspaceConfig, Rates)
+@command("run", Options, TuneConfig, SubspaceConfig, Rates, Sharing)
 def run(
     x: Experiment, dim: Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250 and 10")] = None,
     data_seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the seen tasks' other data.")] = 21,
@@ -206,11 +324,9 @@ def run(
     elif reports:
         rows = spread(reports)
         echo(json.dumps({"spread": rows, "runs": reports}) if as_json else spread_text(rows).rstrip("\n"))
-    x.finish()
 
 
-@app.command("predict")
-@with_options(Options, in_processes=False)
+@command("predict", Options)
 def predict_command(
     x: Experiment, task: Annotated[list[str], typer.Option(help="A task; repeat it when lines name theirs.")],
     input_file: Annotated[typer.FileBinaryRead | None, typer.Option("--input", help="Lines.", show_default="stdin")] = None,
@@ -235,12 +351,11 @@ def predict_command(
         raise IptError(f"{bad} lines were not answered")
 
 
-@app.command("export")
-@with_options(Options, in_processes=False)
+@command("export", Options)
 def export_command(
     x: Experiment, out: Annotated[Path, typer.Option(help="Folder to write; of several tasks, a folder each in it.")],
     task: TaskOption = None, every: Annotated[bool, typer.Option("--all", help="All tasks of the split.")] = False,
-    kind: Annotated[Literal["peft", "vllm"], typer.Option("--format", help="An adapter of PEFT, or a prompt for vLLM.")] = "peft",
+    form: Annotated[Literal["peft", "vllm"], typer.Option("--format", help="An adapter of PEFT, or a prompt for vLLM.")] = "peft",
     source: SourceOption = "best", dim: OneDimOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:  # fmt: skip
@@ -248,14 +363,13 @@ def export_command(
 
     Example: ipt export --task day-next --out day-next
     """
-    tasks, several = chosen(x, task, every, every), every or len(task or []) != 1
+    tasks, several = x.chosen(task, every, every), every or len(task or []) != 1
     prompts = tuned_prompts(x, tasks, source, {"dim": dim} if dim else None, some=not task)
-    export_prompts(x, {out / name if several else out: prompt for name, prompt in prompts.items()}, kind, force=force)
+    export_prompts(x, {out / name if several else out: prompt for name, prompt in prompts.items()}, form, force=force)
     x.report.say(f"{len(prompts)} of {len(tasks)} tasks had a prompt: {out}")
 
 
-@app.command("import")
-@with_options(Options, in_processes=False)
+@command("import", Options)
 def import_command(
     x: Experiment, path: Annotated[Path, typer.Argument(help="Adapter folder, .npy array, or safetensors file of one matrix.")],
     task: Annotated[str, typer.Option(help="What it is a prompt of.")],
@@ -268,9 +382,11 @@ def import_command(
     import_prompt(x, path, x.task(task).name, task_id)
 
 
-@app.command("show")
-@with_options(Options, in_processes=False)
-def show_command(x: Experiment, file: FileArgument, as_json: JsonOption = False) -> None:
+@command("show", Options)
+def show_command(
+    x: Experiment, file: Annotated[str, typer.Argument(help="A file, or the beginning of a result's name.")],
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
     """Tell what a file of the cache is; of a prompt also its nearest words, of a subspace its tasks and spectrum.
 
     Example: ipt show fbdca412 --json
@@ -290,23 +406,19 @@ def cache_command(
     Example: ipt cache rm "*/day-next-*" --yes
     """
     folder, rm = cache or user_cache(), do == "rm"
-    files, sizes = cache_files(folder, query if rm else query or "*"), dict[tuple[Any, ...], list[int]]()
-    for path, (kind, n_bytes) in files.items():
-        sizes.setdefault((path if rm else path.parts[0], kind), []).append(n_bytes)
-    sizes["all", ""] = [n_bytes for _, n_bytes in files.values()]
-    echo(table_text("where|kind|files|size", [[*group, len(own), size(sum(own))] for group, own in sizes.items()]).rstrip())
+    files = cache_files(folder, query if rm else query or "*")
+    echo(files_text(files, each=rm))
     if rm and not yes and not sys.stdin.isatty():
         raise IptError("nothing was removed, as nobody can be asked here: add --yes")
     if rm and (yes or typer.confirm("Remove them?", err=True)):
         Terminal().say(f"removed {remove(folder, files)} of {len(files)} files")
 
 
-@app.command()
-@with_options(Options)
+@command("plot", Options, Sharing)
 def plot(
     x: Experiment, picture: Annotated[list[Picture] | None, typer.Argument(help="Which.", show_default="all")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(), quantity: QuantityOption = "e_rel",
-    kind: Annotated[list[Format] | None, typer.Option("--format", help="Repeat it for both.", show_default="png")] = None,
+    form: Annotated[list[Format] | None, typer.Option("--format", help="Repeat it for both.", show_default="png")] = None,
     dim: OneDimOption = None,
 ) -> None:  # fmt: skip
     """Draw the paper's pictures of what the cache holds, which is scored first as by eval.
@@ -315,17 +427,15 @@ def plot(
     """
     if why := lacking():
         raise IptError(why)
-    scores = wanted_scores(x)
+    scores = x.wanted_scores()
     x.make(scores)
-    files = draw(x, scores, make_report(x, scores)["rows"], picture or (), kind or ("png",), quantity, dim) if rank() == 0 else {}
+    files = draw(x, scores, make_report(x, scores)["rows"], picture or (), form or ("png",), quantity, dim) if rank() == 0 else {}
     for name, content in files.items():
         write_bytes(out / name, content)
         x.report.say(f"picture: {out / name}")
-    x.finish()
 
 
-@app.command("report")
-@with_options(Options)
+@command("report", Options, Sharing)
 def report_command(
     x: Experiment, out: Annotated[Path, typer.Option(help="File to write.")], quantity: QuantityOption = "e_rel"
 ) -> None:
@@ -333,18 +443,16 @@ def report_command(
 
     Example: ipt report --out page.html
     """
-    scores = wanted_scores(x)
+    scores = x.wanted_scores()
     x.make(scores)
     if rank() == 0:
         table, why = make_report(x, scores), lacking()
         drawn = {} if why else draw(x, scores, table["rows"], formats=["svg"], quantity=quantity)
         write_bytes(out, make_page(x, table, drawn).encode())
         x.report.say(f"page: {out}" + (f", without pictures: {why}" if why else ""))
-    x.finish()
 
 
-@app.command("tasks")
-@with_options(Options, in_processes=False)
+@command("tasks", Options)
 def tasks_command(
     x: Experiment, task: Annotated[list[str] | None, typer.Argument(help="Tasks.", show_default="all of the split")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the few-shot sample as the backbone gets it.")] = False,
@@ -366,22 +474,6 @@ def tasks_command(
             x.report.say(sentence)
 
 
-# --- What is printed -----------------------------------------------------------------------------
-# Results on stdout, progress and messages on stderr.
-
-
-def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:
-    """Print the paper's table for people, or all of it as one JSON object."""
-    told = report if per_task else {name: value for name, value in report.items() if name != "scores"}
-    echo(json.dumps(told) if as_json else report_text(told, wide=wide))
-
-
-def print_found(found: dict[str, Any], as_json: bool) -> None:
-    """Print what was found as one JSON object, or for people as YAML."""
-    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": stderr.width}
-    echo(json.dumps(found) if as_json else yaml.safe_dump(found, **style).rstrip())
-
-
 def print_version(asked: bool) -> None:
     """Print the versions that a report of a mistake needs, and end."""
     if asked:
@@ -396,21 +488,11 @@ def common(
     """Take what stands before a command."""
 
 
-def stop(number: int, _: object) -> None:
-    """Save unfinished work and end; what comes within five seconds is the same wish, which a launcher passes on."""
-    now = time.monotonic()
-    if not STOPPED_BY or now > min(STOPPED_BY.values()) + 5:
-        STOPPED_BY[number] = now
-        raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line; a mistake that a person can mend is one line and exit code 1."""
     # Two threads that wait by spinning are many times slower than one where another process wants a core, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    STOPPED_BY.clear()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    catch_signals()
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell, `>&-`: what would be written there goes nowhere
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 (for as long as the process lives)

@@ -59,6 +59,8 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
         subspace = next((s for s in x.found("subspace") if s.name == header.get("subspace")), None)
         if subspace is None:
             raise IptError(f"{x.store.folder} lacks the subspace of {path}, {header.get('subspace')}, or has it of other options")
+        if vector.shape != (dim := x.space(subspace).dim,):
+            raise IptError(f"{path} holds a vector of the shape {tuple(vector.shape)}, expected ({dim},)")
         tensors = {"prompt": x.space(subspace).back_project(vector.to(x.backbone.device)[None])[0]}
     elif config:
         tensors = {"prompt": _adapter(x, path, config, tensors, task_id)}

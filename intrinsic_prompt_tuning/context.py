@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,8 +22,9 @@ from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.ranks import rank
-from intrinsic_prompt_tuning.results import Choice, Reporter, Result, Store
-from intrinsic_prompt_tuning.settings import BEHIND_SETTINGS, DATA, MACHINE, TESTBED, TUNING, Setting, T, settled, versions
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.results import Choice, Result, Store
+from intrinsic_prompt_tuning.settings import BEHIND, DATA, MACHINE, TESTBED, TESTBED_SETTINGS, TUNING, Setting, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_tasks, has_few_shot_files, kept, rows_digest, split_tasks, subsets
 from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task
@@ -31,8 +32,6 @@ from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from torch import Tensor
 
 COLLECTION_SEED = 100
@@ -50,43 +49,28 @@ class Options:
         Path | None,
         Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files (CrossFit TSV, MetaICL JSONL)."),
     ] = None
-    columns: Annotated[
-        str, Setting("Of your tables: INPUT,ANSWER or INPUT,ANSWER,OPTIONS.", shown_default="by their names", panel=DATA)
-    ] = ""
-    kind: Annotated[Kind | None, Setting("Of your tables without options.", shown_default="by their rows", panel=DATA)] = None
-    tasks_file: Annotated[Path, Setting("Another tasks.yaml.", shown_default="the one that ships", panel=DATA)] = TASKS_FILE
+    columns: Annotated[str, DATA("Of your tables: INPUT,ANSWER or INPUT,ANSWER,OPTIONS.", shown_default="by their names")] = ""
+    kind: Annotated[Kind | None, DATA("Of your tables without options.", shown_default="by their rows")] = None
+    tasks_file: Annotated[Path, DATA("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
-    prompt_length: Annotated[int, Setting("Tokens of a soft prompt.", least=1, most=100_000, panel=TUNING)] = 100
+    prompt_length: Annotated[int, TUNING("Tokens of a soft prompt.", least=1, most=100_000)] = 100
     initial_text: Annotated[
         str,
-        Setting(
-            "What all soft prompts start from, repeated to their length; '' is random words.",
-            shown_default="random words",
-            panel=TUNING,
-        ),
+        TUNING("What all soft prompts start from, repeated to their length; '' is random words.", shown_default="random words"),
     ] = ""
-    shots: Annotated[
-        int, Setting("Rows per label, or half the rows of a task without labels.", least=1, most=10_000, panel=DATA)
-    ] = 16
-    test_rows: Annotated[int, Setting("Test rows of a task, at most.", least=1, most=1_000_000, panel=DATA)] = 1000
-    max_length: Annotated[int, Setting("Tokens of prompt and input together.", least=8, panel=DATA)] = 512
-    decoding: Annotated[Decoding, Setting("options: the most likely option; generate: as CrossFit.", panel=DATA)] = "options"
-    precision: Annotated[Precision, Setting("Of the backbone; what learns is always fp32.", panel=MACHINE)] = "auto"
-    device: Annotated[str, Setting("auto, cpu, cuda, cuda:1 ...", panel=MACHINE)] = "auto"
+    shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
+    test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
+    max_length: Annotated[int, DATA("Tokens of prompt and input together.", least=8)] = 512
+    decoding: Annotated[Decoding, DATA("options: the most likely option; generate: as CrossFit.")] = "options"
+    precision: Annotated[Precision, MACHINE("Of the backbone; what learns is always fp32.")] = "auto"
+    device: Annotated[str, MACHINE("auto, cpu, cuda, cuda:1 ...")] = "auto"
     prompt_at: Annotated[
-        PromptAt | None,
-        Setting("Where the prompt stands, seen from the input.", shown_default="end in causal models, else front", panel=DATA),
+        PromptAt | None, DATA("Where the prompt stands, seen from the input.", shown_default="end in causal models, else front")
     ] = None
-    chat: Annotated[
-        bool | None, Setting("Write rows by the chat template.", shown_default="if the tokenizer has one", panel=DATA)
-    ] = None
-    compiled: Annotated[bool, Setting("Compile the backbone, which takes minutes.", name="compile", panel=MACHINE)] = False
-    seed: Annotated[
-        int, Setting("Of the shared initial prompt, and of where vectors start.", least=0, most=2**32 - 1, panel=TUNING)
-    ] = 0
-    slots: Annotated[
-        int | None, Setting("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16", panel=MACHINE)
-    ] = None
+    chat: Annotated[bool | None, DATA("Write rows by the chat template.", shown_default="if the tokenizer has one")] = None
+    compiled: Annotated[bool, MACHINE("Compile the backbone, which takes minutes.", name="compile")] = False
+    seed: Annotated[int, TUNING("Of the shared initial prompt, and of where vectors start.", least=0, most=2**32 - 1)] = 0
+    slots: Annotated[int | None, MACHINE("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16")] = None
     skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
 
 
@@ -95,18 +79,17 @@ class Rates:
     """The grids of learning rates and tries, of which validation chooses per task."""
 
     learning_rate: Annotated[
-        list[float], Setting("Of soft prompts, in units of the embeddings; repeat it: validation chooses.", panel=TUNING)
+        list[float], TUNING("Of soft prompts, in units of the embeddings; repeat it: validation chooses.")
     ] = field(default_factory=lambda: [0.3])
-    vector_learning_rate: Annotated[
-        list[float], Setting("Of intrinsic vectors; repeat it: validation chooses.", panel=TUNING)
-    ] = field(default_factory=lambda: [0.3])
+    vector_learning_rate: Annotated[list[float], TUNING("Of intrinsic vectors; repeat it: validation chooses.")] = field(
+        default_factory=lambda: [0.3]
+    )
     tries: Annotated[
         int,
-        Setting(
+        TUNING(
             "Times a task is tuned at each rate, from other starts, its rows in another order; validation chooses.",
             least=1,
             most=100,
-            panel=TUNING,
         ),
     ] = 1
 
@@ -120,19 +103,20 @@ class Rates:
 class Context:
     """A backbone, tasks and a cache: what the commands work on."""
 
-    def __init__(
-        self, options: Options, tuning: TuneConfig | None = None, fitting: SubspaceConfig | None = None,
-        rates: Rates | None = None, report: Reporter | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, given: Mapping[str, Any], report: Reporter | None = None) -> None:
         """Read tasks and split; the backbone is loaded, and rows are drawn, when they are asked for.
+
+        Of settings by name; where none is given, those of the testbed hold, those behind the input, or the fields' defaults.
 
         Raises:
             IptError: a file of tasks or the split is wrong.
         """
-        self.options, self.report = options, report or Reporter()
-        self._tuning, self.fitting, self.rates = tuning or TuneConfig(), fitting or SubspaceConfig(), rates or Rates()
-        self._open = frozenset[str]()
-        """The settings that follow from where the prompt stands."""
+        testbed = given.get("backbone") in (None, TESTBED) and not ((data := given.get("data")) and has_few_shot_files(data))
+        known = {name: value for name, value in given.items() if value is not None}
+        self.given: dict[str, Any] = (TESTBED_SETTINGS if testbed else {}) | known
+        self.options, self.rates = settled(Options, self.given), settled(Rates, self.given)
+        self.fitting, self.report = settled(SubspaceConfig, self.given), report or Reporter()
+        options = self.options
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self.told: tuple[str, Mapping[str, Any]] | None = None
@@ -145,7 +129,7 @@ class Context:
             self.roles = dict.fromkeys(self.named("seen"), "seen") | dict.fromkeys(own, "unseen")
         self.own = [task for task in own if task in self.roles]
         """The tasks of one's own tables, which are meant where none is named."""
-        self.given: dict[str, Tensor] = {}  # what start_prompt in a header stands for: (prompt_length, hidden)
+        self.starts: dict[str, Tensor] = {}  # what start_prompt in a header stands for: (prompt_length, hidden)
         self._samples: dict[tuple[str, int], Sample] = {}
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
@@ -153,21 +137,27 @@ class Context:
         self._repeating, self._known_budgets = set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
-    @classmethod
-    def of(cls, given: Mapping[str, Any], report: Reporter | None = None) -> Self:
-        """Make an experiment of settings by name, those of the testbed or the paper where none are given."""
-        data = given.get("data")
-        testbed = given.get("backbone") in (None, TESTBED) and not (data and has_few_shot_files(data))
-        settings = partial(settled, given=given, testbed=testbed)
-        x = cls(settings(Options), settings(TuneConfig), settings(SubspaceConfig), settings(Rates), report)
-        x._open = frozenset() if testbed else frozenset(name for name in BEHIND_SETTINGS if given.get(name) is None)
-        return x
-
     def settings(self) -> dict[str, Any]:
-        """Return every setting by name, but for what was left open."""
-        groups = (self.options, self._tuning, self.fitting, self.rates)
+        """Return every setting by name, but for what is empty or follows from where the prompt stands."""
+        groups = (self.options, settled(TuneConfig, self.given), self.fitting, self.rates)
         known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
-        return {name: value for name, value in known.items() if name not in self._open}
+        return {name: value for name, value in known.items() if name in self.given or name not in BEHIND}
+
+    def chosen(self, task: list[str] | None, seen: bool, unseen: bool) -> list[str]:
+        """Return the tasks that options name; all of the split when they name none."""
+        wanted = [role for role, asked in (("seen", seen), ("unseen", unseen)) if asked]
+        found = list(dict.fromkeys([*(self.task(name).name for name in task or []), *self.named(*wanted)]))
+        if wanted and not found:
+            raise IptError(
+                f"the split {self.options.split} has no {' and no '.join(wanted)} tasks; 'ipt tasks' lists what it has"
+            )
+        return found or self.own or list(self.roles)
+
+    def tell(self, command: str, given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+        """Take the command that this is for and what it was told, to keep all its options by the names that `--config` takes."""
+        settled = self.settings() | {name: value for name, value in given.items() if value is not None}
+        options = {flag[2:]: settled[name] for name, flag in flags.items() if name in settled and flag.startswith("--")}
+        self.told = command, options
 
     def keep_options(self) -> None:
         """Write the file of options that reproduces the command, once."""
@@ -185,13 +175,13 @@ class Context:
             o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compiled,
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
-        loaded.room(self._placed(self.options, loaded).prompt_length)
         self._known_budgets = _budgets(loaded)
         return loaded
 
     @cached_property
     def store(self) -> Store:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
+        self.backbone.room(self.prompt_length)
         sweep(self.cache)
         name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
@@ -199,7 +189,7 @@ class Context:
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
             both = zip((self.backbone.budget, self.backbone.answer_budget), numbers, strict=True)
-            known = [replace(own, tokens=int(tokens), most=float(most)) for own, (tokens, most) in both]
+            known = [replace(own, tokens=max(1, int(tokens)), most=float(most)) for own, (tokens, most) in both]
             self.backbone.budget, self.backbone.answer_budget = known
             self._known_budgets = _budgets(self.backbone)
         return store
@@ -227,27 +217,25 @@ class Context:
         initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
         return Space(initial, self.backbone.embedding_rms)
 
-    @property
+    @cached_property
+    def placed(self) -> dict[str, Any]:
+        """What was given by name, and for what was not, what holds where the prompt stands."""
+        return (BEHIND if self.backbone.prompt_at == "end" else {}) | self.given
+
+    @cached_property
     def tuning(self) -> TuneConfig:
         """How jobs are tuned."""
-        return self._placed(self._tuning)
+        return settled(TuneConfig, self.placed)
 
-    @property
+    @cached_property
     def prompt_length(self) -> int:
         """Tokens of a soft prompt."""
-        return self._placed(self.options).prompt_length
+        return settled(Options, self.placed).prompt_length
 
-    @property
+    @cached_property
     def initial_text(self) -> str:
         """What all soft prompts start from; empty: random words."""
-        return self._placed(self.options).initial_text
-
-    def _placed(self, settings: T, backbone: Backbone | None = None) -> T:
-        """Return settings in which what was left open is as it should be where the backbone has the prompt."""
-        own = {name: BEHIND_SETTINGS[name] for name in self._open if hasattr(settings, name)}
-        if not own or (backbone or self.backbone).prompt_at == "front":
-            return settings
-        return replace(settings, **own)  # type: ignore[type-var]
+        return settled(Options, self.placed).initial_text
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -379,21 +367,21 @@ class Context:
             self._spaces = {subspace.name: space}  # one at a time: they are large
         return self._spaces[subspace.name]
 
+    def tuned(self, choice: Choice) -> Tensor:
+        """Return what the best of a choice, of soft prompts or of intrinsic vectors, comes to: (prompt_length, hidden)."""
+        if choice[0].kind == "soft-prompt":
+            return self.prompts([choice])[0]
+        space = self.space(choice[0].inputs[0][0])
+        return space.back_project(self._tensor(choice, "intrinsic_vector", (space.dim,))[None])[0]
+
     def soft_prompt(self, score: Result) -> Tensor:
         """Return the prompt that a score is of: (prompt_length, hidden)."""
         if score.header["stage"] == "mean":
             return self.prompts(score.inputs).mean(0)
-        match [choice[0].kind for choice in score.inputs]:
-            case []:
-                return self.prompt_space.initial_prompt[:0]  # no prompt
-            case ["soft-prompt"]:
-                return self.prompts(score.inputs)[0]
-            case ["soft-prompt", _]:
-                space = self.space(score.inputs[1][0])
-                return space.back_project(space.project(self.prompts(score.inputs[:1])))[0]
-            case _:
-                space = self.space(score.inputs[1][0])
-                return space.back_project(self._tensor(score.inputs[0], "intrinsic_vector", (space.dim,))[None])[0]
+        if score.header["stage"] == "MSF":
+            space = self.space(score.inputs[1][0])
+            return space.back_project(space.project(self.prompts(score.inputs[:1])))[0]
+        return self.tuned(score.inputs[0]) if score.inputs else self.prompt_space.initial_prompt[:0]
 
 
 def _budgets(backbone: Backbone) -> list[list[float]]:

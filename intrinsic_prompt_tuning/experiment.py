@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +56,7 @@ class Experiment(Context):
         sample = self.sample(task, header["data_seed"])
         of = {"metric": self.task(task).metric, "data": sample_digest(sample), "tuning": asdict(config)}
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
-        cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers)
+        cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers, config.steps)
         choice: Choice = ()
         # The largest rate first: a task that is solved needs nothing else.
         for rate, number in itertools.product(sorted(rates, reverse=True), range(self.rates.tries)):
@@ -79,8 +80,9 @@ class Experiment(Context):
         learned = space == "subspace" and config.lm_loss
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
+        steps = config.steps_before + config.subspace_steps if space == "subspace" else 0
         size = 4 * (n * (dim + config.inner) + dim * config.inner)
-        return Result(header, tuple(prompts.values()), Cost(rows, 0, rows * length, size))
+        return Result(header, tuple(prompts.values()), Cost(rows, 0, rows * length, size, steps))
 
     def _numbers(self, space: SpaceKind, dim: int) -> int:
         """Return how many numbers a space of this dim has: dim itself, or as nearly that as a low-rank space can have."""
@@ -127,10 +129,10 @@ class Experiment(Context):
         )  # fmt: skip
         if stage == "one answer for all":
             header["data"] = sample_digest(self.sample(task, COLLECTION_SEED))
-            return Result(header)
+            return Result(header, cost=Cost(steps=1))
         looked_at = len(inputs) * len(self.sample(task, COLLECTION_SEED).train) if stage == "nearest" else 0
         rows = len(test) + looked_at
-        return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(test)))
+        return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(test), steps=1))
 
     def whole(self, dims: Sequence[int], data_seed: int) -> tuple[list[Result], list[Result]]:
         """Describe the whole experiment: the seen tasks' subspace and its rivals, on other data of theirs and on unseen tasks.
@@ -155,11 +157,10 @@ class Experiment(Context):
 
     def with_seeds(self, n: int) -> Experiment:
         """Return the experiment with the n-th next seeds: another initial prompt, other starts, other subspaces."""
-        options = replace(self.options, seed=self.options.seed + n)
-        fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
-        other = Experiment(options, self.tuning, fitting, self.rates, self.report)
-        vars(other).update(backbone=self.backbone, store=self.store, roles=self.roles, left_out=self.left_out)
-        other._samples, other._encoded, other._open = self._samples, self._encoded, self._open
+        other = copy.copy(self)  # with the backbone, the rows and the split as they are
+        other.options = replace(self.options, seed=self.options.seed + n)
+        other.fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
+        vars(other).pop("prompt_space", None)
         return other
 
     # --- Making them
@@ -181,6 +182,12 @@ class Experiment(Context):
 
     def found(self, kind: str) -> list[Result]:
         """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
+        fitting, others = self._fitting(kind)
+        self._say_skipped(kind, others)
+        return fitting
+
+    def _fitting(self, kind: str) -> tuple[list[Result], Counter[str]]:
+        """Return what the cache holds of a kind that was made with these options, and how much with others."""
         results, unusable = self.store.found(kind)
         self.leave_out(unusable)
         shared, others = self.header(kind), Counter[str]()
@@ -198,8 +205,7 @@ class Experiment(Context):
             others[f"another {differs}"] += bool(differs)
             if not differs:
                 fitting.append(result)
-        self._say_skipped(kind, others)
-        return fitting
+        return fitting, others
 
     def _say_skipped(self, kind: str, reasons: Mapping[str, int]) -> None:
         for reason, count in reasons.items():
@@ -291,14 +297,13 @@ class Experiment(Context):
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
         found: dict[tuple[Any, ...], list[Result]] = {}
         others = Counter[str]()
-        shared, prompts = self.header("soft-prompt").items(), self.store.found("soft-prompt")[0]
-        warm = [prompt for prompt in prompts if "start" in prompt.header and shared <= prompt.header.items()]
+        warm = [prompt for prompt in self._fitting("soft-prompt")[0] if "start" in prompt.header]
         results = [*self.found("intrinsic-vector"), *warm]
         for result in (result for result in results if not tasks or result.header["task"] in tasks):
             header = result.header
             if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
-            elif not self._is_current(result):
+            elif not (self.with_rows([header["task"]], header["data_seed"]) and self._is_current(result)):
                 others["other rows"] += 1
             else:
                 key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace"))
@@ -306,6 +311,24 @@ class Experiment(Context):
                 found.setdefault(key, []).append(Result(header, inputs))
         self._say_skipped("intrinsic-vector", others)
         return [tuple(results) for results in found.values()]
+
+    def wanted_scores(self, task: str = "") -> list[Result]:
+        """Describe the scores of all that the cache holds of the split's tasks, or of one of them.
+
+        Raises:
+            IptError: there is no soft prompt to compare with, or the task is not in the split.
+        """
+        if task and self.task(task).name not in self.roles:
+            raise IptError(f"the task '{task}' is not in the split {self.options.split}: name another with --split")
+        prompts = self.found_prompts(self.named("seen", "unseen"))
+        if not prompts or task not in ("", *prompts):
+            what = task or f"the split {self.options.split}"
+            raise IptError(
+                f"{self.store.folder} holds no soft prompt of {what}: run 'ipt collect' first"
+                + "".join(f"; {why}" for why in self.left_out.values())
+            )
+        subspaces = self.found_subspaces()
+        return [s for s in self.scores(prompts, subspaces, self.found_vectors(subspaces)) if task in ("", s.header["task"])]
 
 
 def differences(subspaces: Sequence[Result]) -> dict[str, str]:

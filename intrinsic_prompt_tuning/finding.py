@@ -15,7 +15,7 @@ from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.passes import to_device
-from intrinsic_prompt_tuning.settings import TUNING, Setting
+from intrinsic_prompt_tuning.settings import TUNING
 from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tuning import prompt_losses
 
@@ -27,23 +27,18 @@ if TYPE_CHECKING:
 class SubspaceConfig:
     """How a subspace is found."""
 
-    subspace_steps: Annotated[int, Setting("Updates of the subspace on both losses.", least=1, panel=TUNING)] = 2000
+    subspace_steps: Annotated[int, TUNING("Updates of the subspace on both losses.", least=1)] = 2000
     rows_per_task: int = 4
     """Training rows of each drawn task."""
-    alpha: Annotated[float, Setting("Weight of the reconstruction error beside the tasks' loss.", least=0, panel=TUNING)] = 10.0
+    alpha: Annotated[float, TUNING("Weight of the reconstruction error beside the tasks' loss.", least=0)] = 10.0
     """The error is the share of variance unexplained, the loss a mean per token."""
-    lm_loss: Annotated[bool, Setting("Learn from the tasks' loss.", panel=TUNING)] = True
-    reconstruction_loss: Annotated[bool, Setting("Learn to reconstruct the prompts.", panel=TUNING)] = True
+    lm_loss: Annotated[bool, TUNING("Learn from the tasks' loss.")] = True
+    reconstruction_loss: Annotated[bool, TUNING("Learn to reconstruct the prompts.")] = True
     noise: Annotated[
-        float,
-        Setting(
-            "Standard deviation of noise on intrinsic vectors, whose own is about one, while learning.", least=0, panel=TUNING
-        ),
+        float, TUNING("Standard deviation of noise on intrinsic vectors, whose own is about one, while learning.", least=0)
     ] = 0.2
     """Makes the subspace smooth between the tasks."""
-    subspace_seed: Annotated[
-        int, Setting("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1, panel=TUNING)
-    ] = 0
+    subspace_seed: Annotated[int, TUNING("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1)] = 0
     inner: int = 768
     """Width of the layer behind the intrinsic vector (the paper's d')."""
     warmup_steps: int = 200
@@ -190,9 +185,8 @@ def fit_subspaces(
     while fits.step < fits.total:
         _fit_step(backbone, fits, soft_prompts, rows)
         on_step(fits)
-    losses = zip(fits.lm_losses.tolist(), fits.unexplained.tolist(), strict=True)
-    told = [dict(zip(("lm_loss", "unexplained"), own, strict=True)) for own in losses]
-    records = [{name: value for name, value in own.items() if math.isfinite(value)} for own in told]
+    figures = [{"lm_loss": float(lm), "unexplained": float(e)} for lm, e in zip(fits.lm_losses, fits.unexplained, strict=True)]
+    records = [{name: value for name, value in own.items() if math.isfinite(value)} for own in figures]
     return [Found(_unit_vectors(space, soft_prompts), own) for space, own in zip(fits.spaces, records, strict=True)]
 
 

@@ -28,20 +28,10 @@ Question = tuple[Result, "Tensor", Encoded]  # a score, its prompt, a test row
 
 def makers(x: Context) -> dict[str, Maker]:
     """Return kind -> how its results are made, in the method's order: each is a function of those before it."""
-
-    def steps(results: Sequence[Result]) -> float:
-        return float(sum(result.header["tuning"]["steps"] for result in results))
-
-    def steps_of_fits(results: Sequence[Result]) -> float:
-        configs = [SubspaceConfig(**result.header["config"]) for result in results if result.header["space"] == "subspace"]
-        return max((config.steps_before + config.subspace_steps for config in configs), default=0)
-
+    tuned = partial(make_tuned, x)
     return {
-        "soft-prompt": Maker(partial(make_tuned, x), steps),
-        "subspace": Maker(partial(make_subspaces, x), steps_of_fits),
-        "intrinsic-vector": Maker(partial(make_tuned, x), steps),
-        "score": Maker(partial(make_scores, x), len),
-    }
+        "soft-prompt": tuned, "subspace": partial(make_subspaces, x), "intrinsic-vector": tuned, "score": partial(make_scores, x),
+    }  # fmt: skip
 
 
 def job_of(x: Context, result: Result, space: Space) -> Job:
@@ -63,7 +53,7 @@ def start_of(x: Context, result: Result, space: Space) -> Tensor:
     """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or like those of seen tasks."""
     header = result.header
     if "start_prompt" in header:
-        return space.project(x.given[header["start_prompt"]][None])[0]
+        return space.project(x.starts[header["start_prompt"]][None])[0]
     if "start" not in header:
         return torch.zeros(space.dim)
     seed = digest({name: header[name] for name in ("task", "data_seed", "seed", "try") if name in header})
@@ -94,11 +84,8 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
         after_step(lambda: {own[job]: state for job, state in snapshot().items()}, steps)
 
     def on_validation(job: Job, figures: dict[str, float]) -> None:
-        about = {
-            name: value
-            for name, value in begun[job].header.items()
-            if name in ("kind", "task", "data_seed", "space", "dim", "try")
-        }
+        header = begun[job].header
+        about = {name: header[name] for name in ("kind", "task", "data_seed", "space", "dim", "try") if name in header}
         x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
 
     for tuned in tune(
@@ -113,6 +100,7 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
 def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
     """Find subspaces, side by side those of one collection and configuration that were stopped at the same step."""
     groups: dict[Any, list[tuple[Result, Mapping[str, Tensor]]]] = {}
+    done = 0.0
     for result in results:
         header, state = result.header, x.store.unfinished(result)
         stopped = float(state["step"]) if state else 0.0
@@ -125,13 +113,14 @@ def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep)
             yield from (_unlearned(x, result, prompts, config) for result in members)
             continue
 
-        def on_step(fits: SubspaceFits, members: Sequence[Result] = members) -> None:
-            after_step(lambda: dict(zip(members, fits.states(), strict=False)), float(fits.step))
+        def on_step(fits: SubspaceFits, members: Sequence[Result] = members, done: float = done) -> None:
+            after_step(lambda: dict(zip(members, fits.states(), strict=False)), done + fits.step * len(members))
 
         rows = [x.encoded(choice[0].header["task"], COLLECTION_SEED)[0] for choice in members[0].inputs]
         dims, initial = [result.header["dim"] for result in members], x.prompt_space.initial_prompt
         found = fit_subspaces(x.backbone, prompts, initial, rows, dims, config, unfinished=states, on_step=on_step)
         for result, (space, record) in zip(members, found, strict=True):
+            done += result.cost.steps
             yield Made(result, {"unit": space.unit} | record, space.weights)
     x.remember_budgets()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -86,3 +87,26 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
                     process.terminate()  # which saves unfinished work
             for process in ranks:
                 process.wait()
+
+
+_STOPPED: dict[int, float] = {}
+"""The signals that have asked for an end, and when they came."""
+
+
+def catch_signals() -> None:
+    """Let Ctrl-C and SIGTERM save unfinished work; within five seconds they are one wish, which a launcher passes on."""
+
+    def stop(number: int, _: object) -> None:
+        now = time.monotonic()
+        if not _STOPPED or now > min(_STOPPED.values()) + 5:
+            _STOPPED[number] = now
+            raise KeyboardInterrupt
+
+    _STOPPED.clear()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def stopped_by() -> int:
+    """Return the exit code that tells the first of these signals."""
+    return 128 + next(iter(_STOPPED))

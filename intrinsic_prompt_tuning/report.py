@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
-from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.evaluation import dimensions_needed, paper_name, result_rows
 from intrinsic_prompt_tuning.experiment import Experiment, differences
 from intrinsic_prompt_tuning.makers import answers_of
@@ -16,24 +15,6 @@ from intrinsic_prompt_tuning.results import Result
 
 BASELINES = {"prompt tuning": "mean_score", "no prompt": "no_prompt", "one answer for all": "one_answer"}
 """Stages of scores that need no subspace -> keys of the report."""
-
-
-def wanted_scores(x: Experiment, task: str = "") -> list[Result]:
-    """Describe the scores of all that the cache holds of the split's tasks, or of one of them.
-
-    Raises:
-        IptError: there is no soft prompt to compare with, or the task is not in the split.
-    """
-    if task and x.task(task).name not in x.roles:
-        raise IptError(f"the task '{task}' is not in the split {x.options.split}: name another with --split")
-    prompts = x.found_prompts(x.named("seen", "unseen"))
-    if not prompts or task not in ("", *prompts):
-        raise IptError(
-            f"{x.store.folder} holds no soft prompt of {task or f'the split {x.options.split}'}: run 'ipt collect' first"
-            + "".join(f"; {why}" for why in x.left_out.values())
-        )
-    subspaces = x.found_subspaces()
-    return [s for s in x.scores(prompts, subspaces, x.found_vectors(subspaces)) if task in ("", s.header["task"])]
 
 
 def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) -> dict[str, Any]:

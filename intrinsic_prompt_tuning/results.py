@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_file
 from intrinsic_prompt_tuning.ranks import n_ranks, own_share
+from intrinsic_prompt_tuning.reporter import Reporter, duration, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,21 +36,6 @@ RECORDED = {"subspace": ("unit",), "score": ("score", "n")}
 """Kind -> what its record holds in any case."""
 
 
-def duration(seconds: float) -> str:
-    """Write a time as people say it: 45 s, 4 min 12 s, 2 h 05 min."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
-
-
-def size(n_bytes: float) -> str:
-    """Write a size as people say it: 512 B, 4.1 kB, 310 MB."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while n_bytes >= 999.5 and len(units) > 1:
-        n_bytes, units = n_bytes / 1000, units[1:]
-    return f"{n_bytes:.3g} {units[0]}"
-
-
 @dataclass(frozen=True)
 class Cost:
     """What making results takes."""
@@ -62,6 +48,8 @@ class Cost:
     """Of these rows, about."""
     size: float = 0
     """Bytes of files."""
+    steps: float = 0
+    """What `AfterStep` counts: updates, or scores."""
 
     def __add__(self, other: Cost) -> Cost:
         """Add up."""
@@ -105,21 +93,6 @@ class Made(NamedTuple):
     result: Result
     record: dict[str, Any]
     tensors: Mapping[str, Tensor]
-
-
-class Reporter:
-    """Whom the stages tell what they do; this one keeps it to itself."""
-
-    def say(self, text: str) -> None:
-        """Take a sentence."""
-
-    def log(self, event: str, **about: Any) -> None:
-        """Take what happened in figures: a validation, a result that is made."""
-
-    @contextlib.contextmanager
-    def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
-        """Yield what takes how much of the total is done."""
-        yield lambda done: None
 
 
 class Claims:
@@ -290,14 +263,8 @@ AfterStep = Callable[[Snapshot, float], None]
 """Takes a way to read the states of what is under way, and how much is done."""
 
 
-@dataclass(frozen=True)
-class Maker:
-    """How results of one kind are made."""
-
-    make: Callable[[Iterator[Result], AfterStep], Iterator[Made]]
-    """Takes results as it begins them, which claims them one by one, and yields each as it is done."""
-    total: Callable[[Sequence[Result]], float]
-    """How much there is to do, in the measure that `AfterStep` is told."""
+Maker = Callable[[Iterator[Result], AfterStep], Iterator[Made]]
+"""Takes results as it begins them, which claims them one by one, and yields each as it is done."""
 
 
 def make(
@@ -368,8 +335,11 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
         own = _claimed(store, todo, begun)
         try:
             if first := next(own, None):
-                with report.progress(label(stage), maker.total(todo)) as advance, saving(store, advance) as after_step:
-                    for made in maker.make(itertools.chain((first,), own), after_step):
+                with (
+                    report.progress(label(stage), sum(r.cost.steps for r in todo)) as advance,
+                    saving(store, advance) as after_step,
+                ):
+                    for made in maker(itertools.chain((first,), own), after_step):
                         store.save(made)
                         report.log("made", file=str(store.path(made.result)), **made.record)
                         begun.discard(made.result.name)

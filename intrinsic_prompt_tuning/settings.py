@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
-DATA, TUNING, MACHINE = "Rows", "Tuning", "Machine and manners"
-"""Headings of the help."""
 TESTBED = "testbed"
 """The built-in world, the split of its tasks, and its backbone."""
 TESTBED_SETTINGS: dict[str, Any] = {
@@ -18,7 +18,7 @@ TESTBED_SETTINGS: dict[str, Any] = {
     "vector_learning_rate": [0.1], "subspace_steps": 120, "rows_per_task": 2,
 }  # fmt: skip
 """What holds on the testbed's backbone where nothing is given."""
-BEHIND_SETTINGS: dict[str, Any] = {"prompt_length": 10, "initial_text": "Answer:", "steps": 200}
+BEHIND: dict[str, Any] = {"prompt_length": 10, "initial_text": "Answer:", "steps": 200}
 """What holds where nothing is given and the prompt stands behind the input: tests/experiments/README.md measured it."""
 
 
@@ -36,11 +36,53 @@ class Setting(NamedTuple):
     """Under which heading of the help it stands; without one among the most common."""
 
 
-def settled(kind: type[T], given: Mapping[str, Any], *, testbed: bool) -> T:
-    """Make settings: what was given, else what holds on the testbed, else the field's default."""
-    own = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    defaults = {name: value for name, value in TESTBED_SETTINGS.items() if testbed and name in own}
-    return kind(**defaults | {name: value for name, value in given.items() if name in own and value is not None})
+DATA, TUNING, MACHINE = (partial(Setting, panel=panel) for panel in ("Rows", "Tuning", "Machine and manners"))
+"""Settings under a heading of the help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manners:
+    """What every command has beside its settings."""
+
+    config: Annotated[Path | None, MACHINE("YAML file of options.")] = None
+    log: Annotated[Path | None, MACHINE("Add what happens to a file, a JSON object a line.")] = None
+    quiet: Annotated[bool, MACHINE("Say nothing but results and errors.")] = False
+    verbose: Annotated[bool, MACHINE("Say every validation, too.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What commands have whose work several processes can share."""
+
+    processes: Annotated[
+        int | None, MACHINE("Share the work.", least=1, most=64, shown_default="one per core, at most 4, on the testbed, else 1")
+    ] = None
+
+
+def described(kind: type, name: str) -> tuple[Any, Setting] | None:
+    """Return a field's type and its setting, with the option's flag as name and all that holds by default; None: it has none."""
+    value, setting, *_ = *get_args(get_type_hints(kind, include_extras=True)[name]), None, None
+    if not isinstance(setting, Setting):
+        return None
+    default, flag = getattr(kind(), name), f"--{(setting.name or name).replace('_', '-')}"
+    flag = f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag
+    return value, setting._replace(name=flag, shown_default=_shown(name, setting.shown_default or default))
+
+
+def _shown(name: str, default: Any) -> str:
+    """Return a default as help shows it, and what holds elsewhere; empty where there is nothing to show."""
+
+    def text(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
+
+    told = text(default) if default not in (None, False) else ""
+    told = f"{text(BEHIND[name])} behind the input, {told} in front" if name in BEHIND else told
+    return f"{text(TESTBED_SETTINGS[name])} on the testbed, else {told}" if name in TESTBED_SETTINGS else told
+
+
+def settled(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Make settings: what was given by name, else the field's default."""
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})  # type: ignore[arg-type]
 
 
 def versions() -> str:

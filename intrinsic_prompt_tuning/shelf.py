@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import stat
 import time
 from collections import Counter
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,6 +18,8 @@ from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file
 from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.report import table_text
+from intrinsic_prompt_tuning.reporter import size
 from intrinsic_prompt_tuning.results import UNFINISHED, Claims
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, read_rows
@@ -42,8 +46,7 @@ def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:
             about = (cache / path).lstat()
             if not match or stat.S_ISLNK(about.st_mode) or (match[1] and about.st_mtime > time.time() - 600):
                 continue  # not ipt's, or being written
-            shared = path.parts[0] in ("samples", "commands")
-            kind = "unfinished" if path.suffix == UNFINISHED else path.parts[0] if shared else path.parts[1]
+            kind = "samples" if sample else "unfinished" if path.suffix == UNFINISHED else path.parent.name
             kind = "leftovers" if match[1] else kind
             name = (path.parent if sample else path).as_posix()  # the files of a sample need each other
             if query == kind or fnmatchcase(name, query) or fnmatchcase(name, f"{query.rstrip('/')}/*"):
@@ -51,6 +54,15 @@ def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:
     if not found:
         raise IptError(f"the cache {cache} holds no file of ipt" + (f" that '{query}' means" if query != "*" else ""))
     return found
+
+
+def files_text(files: Mapping[Path, tuple[str, int]], *, each: bool) -> str:
+    """List files, a line each or a line for each backbone and kind, and their sizes."""
+    sizes: dict[tuple[Any, ...], list[int]] = {}
+    for path, (kind, n_bytes) in files.items():
+        sizes.setdefault((path if each else path.parts[0], kind), []).append(n_bytes)
+    sizes["all", ""] = [n_bytes for _, n_bytes in files.values()]
+    return table_text("where|kind|files|size", [[*group, len(own), size(sum(own))] for group, own in sizes.items()]).rstrip()
 
 
 def remove(cache: Path, files: dict[Path, tuple[str, int]]) -> int:
@@ -95,7 +107,9 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
     about["tensors"] = {name: " x ".join(map(str, tensor.shape)) for name, tensor in tensors.items()}
     try:
         if path.suffix == UNFINISHED:
-            about["unfinished"] = f"at step {float(tensors['step']):.0f}"
+            is_score = header["kind"] == "score"
+            said = json.loads(bytes(tensors["said"].tolist())) if is_score else []
+            about["unfinished"] = f"{len(said)} answers" if is_score else f"at step {float(tensors['step']):.0f}"
         elif header["kind"] == "subspace":
             about |= {"tasks": list(header.pop("prompts"))} | _spectrum(header["prompt_length"], tensors)
         elif header["kind"] == "soft-prompt":

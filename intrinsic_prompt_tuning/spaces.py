@@ -121,10 +121,6 @@ def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int) -> S
     Raises:
         IptError: there are not more prompts than dimensions.
     """
-    if dim >= len(soft_prompts):
-        raise IptError(
-            f"{len(soft_prompts)} prompts have {len(soft_prompts) - 1} principal components, not {dim}: use a smaller --dim"
-        )
     unit = unit_of(soft_prompts, initial_prompt)
     differences = (soft_prompts - initial_prompt).flatten(1) / unit
     mean = differences.mean(0)

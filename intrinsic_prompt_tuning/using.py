@@ -60,10 +60,7 @@ def tuned_prompts(
 
 def _best_of(x: Experiment, task: str, choices: Sequence[Choice]) -> TunedPrompt:
     result, record, tensors = x.store.best(tuple(result for choice in choices for result in choice))
-    if result.kind == "soft-prompt":
-        return TunedPrompt(task, x.prompts([(result,)])[0], result, record, None)
-    vector = tensors["intrinsic_vector"].to(x.backbone.device)
-    return TunedPrompt(task, x.space(result.inputs[0][0]).back_project(vector[None])[0], result, record, vector)
+    return TunedPrompt(task, x.tuned((result,)), result, record, tensors.get("intrinsic_vector"))
 
 
 def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int, dim: int | None) -> dict[str, dict[str, str]]:
@@ -82,7 +79,7 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
         found, start = dict.fromkeys(tasks, read_prompt(x, Path(start), None)), "file"
     else:
         raise IptError(f"--start is '{start}', expected subspace, a task, or a file that is there{nearest(start, x.tasks)}")
-    x.given |= {own.result.name: own.soft_prompt for own in found.values()}
+    x.starts |= {own.result.name: own.soft_prompt for own in found.values()}
     return {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
 
 

@@ -26,16 +26,14 @@ import torch
 import yaml
 
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
-from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import digest, read_file, write_file
-from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.passes import first_budgets
-from intrinsic_prompt_tuning.report import make_report, wanted_scores
-from intrinsic_prompt_tuning.results import Reporter, Result
+from intrinsic_prompt_tuning.report import make_report
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.results import Result
 from intrinsic_prompt_tuning.tasks import TASKS_FILE
-from intrinsic_prompt_tuning.tuning import TuneConfig
 
 SEEN, UNSEEN, DIM = ("day-next", "object-small"), ("not-subject-person",), 2
 
@@ -44,6 +42,7 @@ class Listener(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sentences: list[str] = []
 
     def say(self, text: str) -> None:
@@ -68,14 +67,12 @@ class Cache:
 
     def experiment(self, cache: Path) -> Experiment:
         """Return what a new command would have, but for the backbone, which is loaded once."""
-        options = Options(
-            backbone="testbed", split="tiny", tasks_file=self.folder / "tasks.yaml", cache=cache, prompt_length=1, shots=2,
-            test_rows=4, device="cpu",
-        )  # fmt: skip
-        tuning = TuneConfig(steps=2, evaluations=1, batch_size=1)
-        fitting = SubspaceConfig(subspace_steps=1, warmup_steps=1, inner=4, rows_per_task=1)
-        rates = Rates(learning_rate=[0.3], vector_learning_rate=[0.3])
-        x = Experiment(options, tuning, fitting, rates, Listener())
+        given = {
+            "split": "tiny", "tasks_file": self.folder / "tasks.yaml", "cache": cache, "prompt_length": 1, "shots": 2, "test_rows": 4,
+            "device": "cpu", "steps": 2, "evaluations": 1, "batch_size": 1, "subspace_steps": 1, "warmup_steps": 1, "inner": 4,
+            "rows_per_task": 1,
+        }  # fmt: skip
+        x = Experiment(given, Listener())
         backbone: Backbone = self.backbone
         backbone.budget, backbone.answer_budget = first_budgets(backbone.device)
         x.__dict__["backbone"] = backbone
@@ -105,7 +102,7 @@ class Cache:
 
     def evaluate(self, x: Experiment) -> dict[Any, Any]:
         """Return every score that `ipt eval` tells, by what it is of."""
-        scores = wanted_scores(x)
+        scores = x.wanted_scores()
         x.make(scores)
         report = make_report(x, scores)
         return {tuple(str(s[name]) for name in s if name not in ("value", "n")): (s["value"], s["n"]) for s in report["scores"]}

@@ -38,7 +38,6 @@ import torch
 
 import ipt
 from intrinsic_prompt_tuning import backbone, finding, load_backbone, load_tasks, makers, results, tuning
-from intrinsic_prompt_tuning.context import Options
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.passes import Budget, first_budgets
@@ -412,10 +411,8 @@ def jobs(count: int) -> int:
     original, results.Store.save = results.Store.save, save  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "split.yaml").write_text(SPLIT, encoding="utf-8")
-        options = Options(
-            cache=Path(name) / "cache", split=str(Path(name) / "split.yaml"), prompt_length=8, shots=2, test_rows=2, slots=8
-        )
-        x = Experiment(options, tuning.TuneConfig(steps=2, batch_size=2, evaluations=1))
+        about = {"cache": Path(name) / "cache", "split": str(Path(name) / "split.yaml"), "prompt_length": 8, "shots": 2}
+        x = Experiment(about | {"test_rows": 2, "slots": 8, "steps": 2, "batch_size": 2, "evaluations": 1})
         prompts = [choice[0] for choice in x.soft_prompts(x.roles).values()]
         wanted = [results.Result({**prompt.header, "repeat": n}, cost=prompt.cost) for n in range(count) for prompt in prompts][
             :count

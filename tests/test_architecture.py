@@ -12,16 +12,16 @@ import ipt
 ROOT = Path(ipt.__file__).resolve().parent
 PACKAGE = "intrinsic_prompt_tuning"
 ORDER = [
-    "ipt", "__init__", "terminal", "page", "pictures", "using", "adapters", "shelf", "report", "experiment", "makers", "context", "results",
+    "ipt", "__init__", "page", "pictures", "using", "adapters", "shelf", "report", "experiment", "makers", "context", "results",
     "finding", "tuning", "spaces", "backbone", "seq2seq", "causal", "layout", "passes", "evaluation", "metrics", "tasks",
-    "ranks", "files", "settings", "lazy", "errors",
+    "reporter", "ranks", "files", "settings", "lazy", "errors",
 ]  # fmt: skip
 """From the top of the house to its ground: a room imports only from those behind it in this list."""
 TASKS_ORDER = ["__init__", "tables", "folders", "hub", "worlds", "splits", "crossfit", "records", "examples", "checks"]
-COMMAND_LINE = ("ipt", "terminal")
+COMMAND_LINE = ("ipt",)
 ROWS = {"evaluation", "metrics", "tasks"}
 TENSORS = {"finding", "tuning", "spaces", "backbone", "seq2seq", "causal", "layout", "passes"}
-MOST_LINES = {"ipt": 500}
+MOST_LINES = {"ipt": 510}
 
 
 def rooms() -> dict[str, list[Path]]:

@@ -330,7 +330,7 @@ def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(
 
 def test_a_prompt_behind_the_input_has_defaults_of_its_own_text_and_steps(folders: dict[str, Path], tmp_path: Path) -> None:
     def of(**more: Any) -> Experiment:
-        return Experiment.of({"backbone": str(folders["llama"]), "cache": tmp_path, "device": "cpu", "prompt_length": 5} | more)
+        return Experiment({"backbone": str(folders["llama"]), "cache": tmp_path, "device": "cpu", "prompt_length": 5} | more)
 
     behind, front, words = of(), of(prompt_at="front"), of(initial_text="")
     tokens = behind.backbone.tokenizer("Answer:", add_special_tokens=False).input_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from conftest import TASKS_FILE, Result, files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
-from intrinsic_prompt_tuning.context import Options
+from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.files import read_file, read_header
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import datasets
@@ -754,6 +756,39 @@ def test_options_come_from_flags_then_the_environment_then_a_file_then_defaults(
     assert {name: header["tuning"][name] for name in ("steps", "evaluations", "batch_size")} == {
         "steps": 2, "evaluations": 2, "batch_size": 3,
     }  # fmt: skip
+
+
+def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_done(cli("collect", *SHORT, "--task", "mood-good"))
+    monkeypatch.setenv("IPT_JSON", "1")
+    (path,) = (tmp_path / "cache").glob("*/soft-prompts/*")
+    assert json.loads(assert_done(cli("show", path)).out)["header"]["task"] == "mood-good"
+    monkeypatch.setenv("IPT_LEARNING_RATE", "0.25")
+    assert_done(cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt"))
+    rates = [read_header(path)["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
+    assert sorted(rates) == [0.25, 0.3]
+
+
+@pytest.mark.parametrize("command", [command.name for command in ipt.app.registered_commands])
+def test_no_command_gives_a_setting_s_name_to_something_else(command: str) -> None:
+    """What a command is given makes the experiment, too."""
+    settings = {f.name: kind for kind in (Options, TuneConfig, SubspaceConfig, Rates) for f in dataclasses.fields(kind)}
+    (function,) = [c.callback for c in ipt.app.registered_commands if c.name == command]
+    for name, parameter in inspect.signature(inspect.unwrap(function), eval_str=True).parameters.items():
+        if name in settings:
+            told = ipt.option(settings[name], name).__metadata__[0]
+            assert parameter.annotation.__metadata__[0].help == told.help, name
+
+
+def test_a_prompt_of_one_s_own_table_can_be_exported_and_drawn(cli: Cli, tmp_path: Path) -> None:
+    days = ("monday", "sunday", "tuesday")
+    rows = [f"the {mood} {who} sees one cups on {day},{label}" for day in days for who in ("fox", "owl", "eel", "bat")
+            for mood, label in (("glad", "good"), ("sorry", "bad"))]  # fmt: skip
+    (tmp_path / "moods.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    own = ("--data", tmp_path / "moods.csv", "--split", "own", "--shots", 2, "--test-rows", 4)
+    assert_done(cli("collect", *SHORT, *own))
+    assert_done(cli("export", *own, "--task", "moods", "--out", tmp_path / "moods", "--format", "peft"))
+    assert (tmp_path / "moods" / "adapter_config.json").exists()
 
 
 def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,20 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.makers import job_of, start_of
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget
-from intrinsic_prompt_tuning.results import Choice, Cost, Made, Reporter, Result
-from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.results import Choice, Cost, Made, Result
+from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS, settled
 from intrinsic_prompt_tuning.spaces import linear_space, unit_of, untrained_space
-from intrinsic_prompt_tuning.tasks import load_tasks
+from intrinsic_prompt_tuning.tasks import Sample, load_tasks
 from intrinsic_prompt_tuning.tuning import TuneConfig
+from intrinsic_prompt_tuning.using import tuned_prompts
 
 
 class Listener(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sentences: list[str] = []
 
     def say(self, text: str) -> None:
@@ -50,7 +55,7 @@ def build(t5_folder: Path, tasks_file: Path, tmp_path: Path) -> Build:
             "backbone": str(t5_folder), "tasks_file": tasks_file, "split": "tiny", "prompt_length": 3, "shots": 4, "test_rows": 10,
             "cache": tmp_path, "device": "cpu", "learning_rate": [0.1], "vector_learning_rate": [0.1],
         }  # fmt: skip
-        return Experiment.of(given | changes, Listener())
+        return Experiment(given | changes, Listener())
 
     return build
 
@@ -112,8 +117,8 @@ def test_a_restricted_split_has_only_the_tasks_that_were_asked_for(x: Experiment
 
 def test_settings_are_what_was_given_else_the_testbed_s_else_the_fields(tmp_path: Path) -> None:
     def settings(**given: Any) -> dict[str, Any]:
-        made = Experiment.of({"cache": tmp_path, **given})
-        groups = (made.options, made.tuning, made.fitting, made.rates)
+        made = Experiment({"cache": tmp_path, **given})
+        groups = (settled(kind, made.given) for kind in (Options, TuneConfig, SubspaceConfig, Rates))
         return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
 
     fields = [dataclasses.asdict(kind()) for kind in (Options, TuneConfig, SubspaceConfig, Rates)]
@@ -181,7 +186,7 @@ def test_a_soft_prompt_s_name_changes_with_every_field_of_its_configuration(x: E
     names = [prompt_name(x)]
     for field in dataclasses.fields(TuneConfig):
         config = dataclasses.replace(TuneConfig(), **{field.name: getattr(TuneConfig(), field.name) * 2})
-        names.append(prompt_name(Experiment(x.options, config)))
+        names.append(prompt_name(Experiment(x.given | dataclasses.asdict(config))))
     assert len(set(names)) == len(names)
 
 
@@ -281,7 +286,7 @@ def test_a_subspace_s_name_changes_with_its_kind_dim_configuration_and_prompts(x
     for field in dataclasses.fields(SubspaceConfig):
         value = getattr(SubspaceConfig(), field.name)
         config = SubspaceConfig(**{field.name: not value if isinstance(value, bool) else value + 1})
-        names.append(Experiment(x.options, None, config).subspace("subspace", 6, prompts).name)
+        names.append(Experiment(x.given | dataclasses.asdict(config)).subspace("subspace", 6, prompts).name)
     assert len(set(names)) == len(names) == 8 + 11
 
 
@@ -371,9 +376,9 @@ def test_a_prompt_s_cost_counts_steps_validation_rows_tokens_and_numbers(build: 
 
     train = build().sample("mood-good", 100).train
     length = 3 + sum(len(e.input) for e in train) / len(train) / 4
-    assert cost() == Cost(20, 8, pytest.approx(28 * length), 4 * 48)
-    assert cost(steps=20) == Cost(40, 8, pytest.approx(48 * length), 4 * 48)
-    assert cost(evaluations=2) == Cost(20, 16, pytest.approx(36 * length), 4 * 48)
+    assert cost() == Cost(20, 8, pytest.approx(28 * length), 4 * 48, steps=10)
+    assert cost(steps=20) == Cost(40, 8, pytest.approx(48 * length), 4 * 48, steps=20)
+    assert cost(evaluations=2) == Cost(20, 16, pytest.approx(36 * length), 4 * 48, steps=10)
 
 
 def test_a_vector_s_cost_has_the_dim_s_numbers(build: Build) -> None:
@@ -393,7 +398,9 @@ def test_a_subspace_s_cost_counts_the_rows_of_the_tasks_loss_and_its_weights(bui
     assert 0 < cost().tokens / cost().trained < 30
     weights = untrained_space(build().prompt_space.initial_prompt, unit=1, dim=6, inner=768, seed=0).weights.values()
     assert cost().size == pytest.approx(4 * sum(weight.numel() for weight in weights), rel=0.05)
-    assert dataclasses.replace(cost(lm_loss=False), size=0) == dataclasses.replace(cost("random"), size=0) == Cost()
+    assert dataclasses.replace(cost(lm_loss=False), size=0) == Cost(steps=cost().steps)
+    assert dataclasses.replace(cost("random"), size=0) == Cost()
+    assert cost().steps == SubspaceConfig().steps_before + 7
 
 
 def test_a_score_s_cost_counts_test_rows_and_one_answer_for_all_costs_nothing(x: Experiment) -> None:
@@ -704,6 +711,57 @@ def test_vectors_in_subspaces_that_are_not_shown_and_of_other_rows_are_not_used(
     other = build()
     assert other.found_vectors([]) == []
     assert told(other) == ["not used: 2 intrinsic vectors of subspaces or tasks that are not shown"]
+
+
+def test_a_prompt_from_elsewhere_whose_header_lacks_fields_is_left_out(x: Experiment, build: Build) -> None:
+    save_prompts(x)
+    x.store.save(Made(Result(x.header("soft-prompt", start="subspace")), {}, {"soft_prompt": torch.zeros(3, 16)}))
+    other = build(skip_missing=True)
+    assert other.found_vectors([]) == []
+    ((path, why),) = other.left_out.items()
+    assert "remove it; field 'task' of its header must be text, not empty" in why and path in why
+
+
+def test_vectors_whose_rows_are_gone_are_left_out_if_that_is_asked_for(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    for choice in x.intrinsic_vectors(["mood-good"], 21, subspace).values():
+        save(x, choice, {"intrinsic_vector": torch.zeros(6)})
+
+    def gone(data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        if data_seed == 21:
+            raise IptError("the rows of seed 21 are gone")
+        return x.tasks["mood-good"].draw(data_seed, shots, test_rows)
+
+    for skip_missing in (False, True):
+        other = build(skip_missing=skip_missing, cache=x.cache)
+        shutil.rmtree(x.cache / "samples", ignore_errors=True)
+        other.tasks = other.tasks | {"mood-good": dataclasses.replace(x.tasks["mood-good"], draw=gone)}
+        if skip_missing:
+            assert other.wanted_scores() and "the rows of seed 21 are gone" in other.left_out["mood-good"]
+        else:
+            with pytest.raises(
+                IptError, match=r"cannot be had, leave them out with --skip-missing: the rows of seed 21 are gone"
+            ):
+                other.wanted_scores()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5), torch.zeros(6).double(), torch.full((6,), math.nan)])
+def test_a_vector_s_file_with_other_tensors_is_refused_wherever_it_is_used(x: Experiment, wrong: Tensor) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    ((result,),) = x.intrinsic_vectors(["mood-good"], 100, subspace).values()
+    save(x, (result,), {"intrinsic_vector": wrong})
+    with pytest.raises(IptError, match=r"mood-good-.* holds the tensors .*, expected \{'intrinsic_vector': \(6,\)\}, finite"):
+        tuned_prompts(x, ["mood-good"], "vector")
+
+
+def test_a_note_of_no_pass_size_at_all_ends_nothing(x: Experiment, build: Build) -> None:
+    x.backbone.budget.tokens += 1
+    x.remember_budgets()
+    (note,) = x.store.folder.glob("budgets/*.json")
+    note.write_text("[[0, 1], [0, 1]]", encoding="utf-8")
+    other = build()
+    assert other.store and (other.backbone.budget.tokens, other.backbone.answer_budget.tokens) == (1, 1)
+    other.make(other.scores(other.soft_prompts(["mood-good"]), [], [])[:1])
 
 
 # --- Making --------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ import ipt
 from intrinsic_prompt_tuning import results
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import FILE_VERSION, read_file, write_file
-from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker, Reporter, Result, Store, make
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker, Result, Store, make
 
 FINGERPRINT = "f" * 64
 HEADER = {"version": FILE_VERSION, "backbone": FINGERPRINT, "kind": "soft-prompt", "task": "mood-good", "data_seed": 100}
@@ -51,6 +52,7 @@ class Listener(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sentences: list[str] = []
         self.bars: list[tuple[str, float, list[float]]] = []
 
@@ -80,7 +82,7 @@ def test_the_names_of_a_choice_do_not_depend_on_its_order() -> None:
 
 
 def test_costs_add_up() -> None:
-    assert sum([Cost(1, 2, 3, 4), Cost(10, 20, 30, 40)], Cost()) == Cost(11, 22, 33, 44)
+    assert sum([Cost(1, 2, 3, 4, 5), Cost(10, 20, 30, 40, 50)], Cost()) == Cost(11, 22, 33, 44, 55)
 
 
 # --- Store ---------------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ class Bakery:
 
     @property
     def makers(self) -> dict[str, Maker]:
-        return {"roll": Maker(self.bake, lambda rolls: 4.0 * len(rolls)), "pie": Maker(self.fill, len)}
+        return {"roll": self.bake, "pie": self.fill}
 
     def bake(self, rolls: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
         while begun := list(itertools.islice(rolls, 2)):
@@ -365,12 +367,12 @@ class Bakery:
 
 
 def roll(name: str, **more: Any) -> Result:
-    return Result({**HEADER, "kind": "roll", "task": name, **more}, cost=Cost(10, 4, 1000, 8))
+    return Result({**HEADER, "kind": "roll", "task": name, **more}, cost=Cost(10, 4, 1000, 8, steps=4))
 
 
 def pie(name: str, *rolls: Result) -> Result:
     of = [results.names((one,)) for one in rolls]
-    return Result({**HEADER, "kind": "pie", "task": name, "of": of}, tuple((one,) for one in rolls), Cost(0, 2, 30))
+    return Result({**HEADER, "kind": "pie", "task": name, "of": of}, tuple((one,) for one in rolls), Cost(0, 2, 30, steps=1))
 
 
 ROLLS = [roll(name) for name in ("ann", "ben", "cid", "dan", "eve")]
@@ -459,7 +461,7 @@ def test_what_was_done_before_a_mistake_is_kept_and_claimed_no_more(store: Store
         raise IptError("no more flour")
 
     with pytest.raises(IptError, match="no more flour"):
-        make(store, ROLLS, {"roll": Maker(work, len)}, Reporter())
+        make(store, ROLLS, {"roll": work}, Reporter())
     assert len(store.missing(ROLLS)) == 4
     assert [path.parent.name for path in store.folder.rglob("*") if path.is_file()] == ["rolls"]
 
@@ -616,11 +618,11 @@ def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
         made.clear()
         fresh = Store(store.folder.with_name(f"solved {solved}"), FINGERPRINT)
         report = Listener()
-        make(fresh, [first, second], {"roll": Maker(work, len)}, report)
+        make(fresh, [first, second], {"roll": work}, report)
         assert made == expected
         assert report.sentences[0].startswith("plan: 2 rolls to make, 0 made before; at most 28 rows")
         assert fresh.missing([first, second]) == []
-        make(fresh, [first, second], {"roll": Maker(work, len)}, report)
+        make(fresh, [first, second], {"roll": work}, report)
         assert made == expected
         assert fresh.best((first, second))[0] is first
 
@@ -628,7 +630,8 @@ def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
 WORKER = f"""
 import sys, time
 from pathlib import Path
-from intrinsic_prompt_tuning.results import Cost, Made, Maker, Reporter, Result, Store, make
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.results import Cost, Made, Result, Store, make
 
 folder, log, seconds, block = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 header = {HEADER!r}
@@ -649,7 +652,7 @@ def work(rolls, after_step):
         tell("end", one)
         yield Made(one, {{}}, {{}})
 
-make(Store(folder, header["backbone"]), wanted, {{"roll": Maker(work, len)}}, Shell())
+make(Store(folder, header["backbone"]), wanted, {{"roll": work}}, Shell())
 """
 
 

@@ -132,6 +132,14 @@ def test_scores_and_vectors_are_shown_by_the_beginning_of_their_names(made: tupl
     assert about["record"][field] == read_file(path)[1][field]
 
 
+def test_an_unfinished_score_tells_its_answers(made: tuple[Path, Cli], tmp_path: Path) -> None:
+    header = read_file(next(made[0].glob("*/scores/*.safetensors")))[0]
+    path = tmp_path / "count-next-0123456789abcdef.unfinished"
+    for answers in (["one", "two"], []):
+        write_file(path, header, {}, {"said": torch.tensor(list(json.dumps(answers).encode()))})
+        assert shown(made[1], path)["unfinished"] == f"{len(answers)} answers"
+
+
 def test_an_unfinished_state_tells_its_step(made: tuple[Path, Cli], tmp_path: Path) -> None:
     header = read_file(one(made[0], "*/soft-prompts/*"))[0]
     path = tmp_path / "count-next-0123456789abcdef.unfinished"

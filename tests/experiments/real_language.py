@@ -200,7 +200,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def experiment(arguments: argparse.Namespace, change: dict[str, Any], other: Experiment | None = None) -> Experiment:
     """Return an experiment, on another's loaded backbone; with a share of a GPU's memory, half of it is for inputs that run once."""
-    x = Experiment.of(settings(arguments) | change, ipt.Terminal())
+    x = Experiment(settings(arguments) | change, ipt.Terminal())
     if other:
         vars(x).update(backbone=other.backbone, _samples=other._samples, _encoded=other._encoded)
     elif arguments.gpu_share < 1:

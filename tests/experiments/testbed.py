@@ -42,14 +42,12 @@ from intrinsic_prompt_tuning.tuning import minibatch, outcome
 OTHER_SEED = 21
 FINE_TUNED_BATCH = 4
 DIMS = (250, 10, 50, 100, 25, 5)
-SEEDS_SPACES: tuple[tuple[SpaceKind, int], ...] = (
-    ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10),
-)  # fmt: skip
+SEEDS_SPACES: tuple[tuple[SpaceKind, int], ...] = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
 
 
 def experiment(cache: Path, **given: Any) -> Experiment:
     """Return the experiment as shipped, but for two tries a task, in every space alike."""
-    return Experiment.of({"cache": cache, "tries": 2, **given}, ipt.Terminal())
+    return Experiment({"cache": cache, "tries": 2, **given}, ipt.Terminal())
 
 
 def every(choices: Sequence[Choice]) -> list[Result]:
@@ -187,7 +185,7 @@ def stability(cache: Path) -> None:
             own = []
             for n, at in starts.items():
                 prompt = y.space(spaces[0]).back_project(y.store.read(at[task])[1]["intrinsic_vector"][None])[0]
-                y.given[at[task].name] = prompt
+                y.starts[at[task].name] = prompt
                 told = {task: {"start": "subspace", "start_prompt": at[task].name}}
                 own.append(replace(y.soft_prompts([task], starts=told)[task][n], instead_of=()))
             second.append(own)
