@@ -116,9 +116,9 @@ def option(kind: type, name: str, flag: str = "") -> Any:
     """Return the annotation of an option for a dataclass field, None without a Setting; not giving it leaves the default."""
     if (found := described(kind, name)) is None:
         return None
-    value, setting = found
+    value, own, setting = found
     about: dict[str, Any] = {"show_default": setting.shown_default or False, "rich_help_panel": setting.panel or None}
-    told = typer.Option(flag or setting.name, help=setting.help, min=setting.least, max=setting.most, **about)
+    told = typer.Option(flag or own, help=setting.help, min=setting.least, max=setting.most, **about)
     return Annotated[value | None, told]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context, Start, sample_digest
 from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.evaluation import GROUP
 from intrinsic_prompt_tuning.files import digest
 from intrinsic_prompt_tuning.finding import check_dim
 from intrinsic_prompt_tuning.makers import job_of, makers
@@ -21,7 +22,6 @@ from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tasks.checks import check
 from intrinsic_prompt_tuning.tuning import measure_pace
 
-LEARNED_AND_RANDOM: tuple[SpaceKind, ...] = ("subspace", "random")
 ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
 TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
 VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
@@ -92,8 +92,7 @@ class Experiment(Context):
 
     def scores(self, prompts: Mapping[str, Choice], subspaces: Iterable[Result], vectors: Iterable[Choice]) -> list[Result]:
         """Describe the test scores of prompts, of their reconstructions, of intrinsic vectors, and of what costs nothing."""
-        wanted = [self._score("no prompt", task) for task in prompts]
-        wanted += [self._score("one answer for all", task) for task in prompts]
+        wanted = [self._score(stage, task) for stage in ("no prompt", "one answer for all") for task in prompts]
         wanted += [self._score("prompt tuning", task, choice) for task, choice in prompts.items()]
         by_name = {subspace.name: subspace for subspace in subspaces}
         collections = {digest(subspace.header["prompts"]): subspace.inputs for subspace in by_name.values()}
@@ -114,9 +113,8 @@ class Experiment(Context):
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
         """Describe one test score."""
         test, about = self.sample(task, COLLECTION_SEED).test, dict[str, Any]()
-        fields = ("space", "dim", "start", "data_seed", "subspace")
-        for choice in inputs:  # what the table is grouped by
-            about |= {name: choice[0].header[name] for name in fields if name in choice[0].header}
+        for choice in inputs:
+            about |= {name: choice[0].header[name] for name in GROUP if name in choice[0].header}
         if stage in ("MSF", "IST"):
             about["subspace"] = inputs[1][0].name
         elif stage in ("mean", "nearest"):
@@ -149,7 +147,8 @@ class Experiment(Context):
             raise IptError(
                 f"the split {self.options.split} has no seen tasks to find a subspace with; 'ipt tasks' lists what it has"
             )
-        spaces = [self.subspace(kind, dim, collection) for kind in LEARNED_AND_RANDOM for dim in dims]
+        kinds: tuple[SpaceKind, ...] = ("subspace", "random")
+        spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dims]
         challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
         vectors = [choice for s in spaces for who, seed in challenges for choice in self.intrinsic_vectors(who, seed, s).values()]
         tuned = [result for choice in (*prompts.values(), *vectors) for result in choice]

@@ -28,8 +28,6 @@ class Setting(NamedTuple):
     help: str
     least: float | None = None
     most: float | None = None
-    name: str = ""
-    """Of the option, where the field's own name would say too little."""
     shown_default: str = ""
     """For defaults that are found out."""
     panel: str = ""
@@ -59,14 +57,14 @@ class Sharing:
     ] = None
 
 
-def described(kind: type, name: str) -> tuple[Any, Setting] | None:
-    """Return a field's type and its setting, with the option's flag as name and all that holds by default; None: it has none."""
+def described(kind: type, name: str) -> tuple[Any, str, Setting] | None:
+    """Return a field's type, the option's flag, and its setting with all that holds by default; None: it has none."""
     value, setting, *_ = *get_args(get_type_hints(kind, include_extras=True)[name]), None, None
     if not isinstance(setting, Setting):
         return None
-    default, flag = getattr(kind(), name), f"--{(setting.name or name).replace('_', '-')}"
+    default, flag = getattr(kind(), name), f"--{name.replace('_', '-')}"
     flag = f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag
-    return value, setting._replace(name=flag, shown_default=_shown(name, setting.shown_default or default))
+    return value, flag, setting._replace(shown_default=_shown(name, setting.shown_default or default))
 
 
 def _shown(name: str, default: Any) -> str:

@@ -1,6 +1,7 @@
 """The paper's figures on the testbed: what a subspace recovers by its dimension, its tasks, its rows, and how it was found.
 
     python tests/experiments/testbed.py dims --cache DIR          # Figs 3 and 4: all spaces by dimension
+    python tests/experiments/testbed.py needed --cache DIR        # dimensions that unseen tasks need: random spaces above 250
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
@@ -80,6 +81,15 @@ def dims(cache: Path) -> None:
         spaces += [x.subspace(kind, dim, collection) for kind in kinds if kind != "linear" or dim in (10, 50)]
         if number % 2 == 0 or number == len(DIMS):
             measure(x, prompts, spaces, seen=seen)
+
+
+def needed(cache: Path) -> None:
+    """The dimensions that unseen tasks need in learned spaces and in random ones, which may be as large as their inner layer."""
+    x = experiment(cache)
+    prompts = x.soft_prompts(x.named("seen", "unseen"))
+    collection = {task: prompts[task] for task in x.named("seen")}
+    dims: dict[SpaceKind, tuple[int, ...]] = {"subspace": (50, 100, 250), "random": (250, 500, x.fitting.inner)}
+    measure(x, prompts, [x.subspace(kind, dim, collection) for kind, own in dims.items() for dim in own])
 
 
 def seeds(cache: Path) -> None:
@@ -238,7 +248,7 @@ def fine_tuning(cache: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (dims, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
+    parts = {part.__name__: part for part in (dims, needed, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
