@@ -2,6 +2,7 @@
 
     python tests/experiments/testbed.py dims --cache DIR          # Figs 3 and 4: all spaces by dimension
     python tests/experiments/testbed.py needed --cache DIR        # dimensions that unseen tasks need: random spaces above 250
+    python tests/experiments/testbed.py grids --cache DIR         # three learning rates a task on every side
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
@@ -90,6 +91,16 @@ def needed(cache: Path) -> None:
     collection = {task: prompts[task] for task in x.named("seen")}
     dims: dict[SpaceKind, tuple[int, ...]] = {"subspace": (50, 100, 250), "random": (250, 500, x.fitting.inner)}
     measure(x, prompts, [x.subspace(kind, dim, collection) for kind, own in dims.items() for dim in own])
+
+
+def grids(cache: Path) -> None:
+    """Unseen tasks with the best of three rates, task by task, for prompts and vectors alike; the spaces are of prompts with one."""
+    whole, rates = experiment(cache), [0.1, 0.3, 1.0]
+    seen = whole.soft_prompts(whole.named("seen"))
+    spaces = [whole.subspace(kind, dim, seen) for kind, dim in SEEDS_SPACES]
+    whole.make([*every([*seen.values()]), *spaces])
+    x = experiment(cache, learning_rate=rates, vector_learning_rate=rates)
+    measure(x, x.soft_prompts(x.named("unseen")), spaces)
 
 
 def seeds(cache: Path) -> None:
@@ -248,7 +259,7 @@ def fine_tuning(cache: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (dims, needed, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
+    parts = {part.__name__: part for part in (dims, needed, grids, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
