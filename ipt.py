@@ -214,7 +214,7 @@ DataSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the 
 SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
 StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object; predict: one a line.")]
 SourceOption = Annotated[str, typer.Option("--from", help="best, prompt, vector; or a file of any kind that 'ipt import' reads.")]
 OneDimOption = Annotated[int | None, typer.Option(min=1, help="Intrinsic dimension of vectors.", show_default="any")]
 QuantityOption = Annotated[Quantity, typer.Option(help="What pictures show of scores.")]
@@ -316,6 +316,8 @@ def run(
     data_seeds = [data_seed, *(seed for seed in CROSSFIT_SEEDS if seed not in (COLLECTION_SEED, data_seed))]
     for n in range(seeds):
         one = x.with_seeds(n) if n else x
+        if seeds > 1:
+            x.report.say(f"run {n + 1} of {seeds}")
         results, scores = one.whole(dim or [250, 10], data_seeds[n])
         one.make([*results, *scores], dry_run=dry_run)
         reports += [] if dry_run else [make_report(one, scores)]
@@ -396,7 +398,7 @@ def show_command(
 
 @app.command("cache")
 def cache_command(
-    do: Annotated[Literal["ls", "rm"], typer.Argument(help="List files, or remove them.")] = "ls",
+    do: Annotated[Literal["ls", "rm"], typer.Argument(help="Sizes, or what is removed, by files.")] = "ls",
     query: Annotated[str, typer.Argument(help="A kind, or a pattern of paths in the cache; rm needs it.")] = "",
     cache: option(Options, "cache") = None,  # type: ignore[valid-type]
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,

@@ -54,14 +54,11 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
     for name, expected in here.items():
         if expected is not None and header.get(name, expected) != expected:
             raise IptError(f"{path} was made for another {name}: {header[name]}, expected {expected}")
+    if task_id is not None and not config:
+        raise IptError(f"{path} is no multitask adapter: leave --task-id out")
     vector = tensors.pop("intrinsic_vector", None)
     if vector is not None and not tensors:
-        subspace = next((s for s in x.found("subspace") if s.name == header.get("subspace")), None)
-        if subspace is None:
-            raise IptError(f"{x.store.folder} lacks the subspace of {path}, {header.get('subspace')}, or has it of other options")
-        if vector.shape != (dim := x.space(subspace).dim,):
-            raise IptError(f"{path} holds a vector of the shape {tuple(vector.shape)}, expected ({dim},)")
-        tensors = {"prompt": x.space(subspace).back_project(vector.to(x.backbone.device)[None])[0]}
+        tensors = {"prompt": _back_projected(x, path, str(header.get("subspace")), vector)}
     elif config:
         tensors = {"prompt": _adapter(x, path, config, tensors, task_id)}
     length, hidden = x.prompt_space.initial_prompt.shape
@@ -124,6 +121,17 @@ def _adapter(x: Experiment, path: Path, config: dict[str, Any], tensors: dict[st
     if count and len(prompt) > length:
         x.report.say(f"{path}: what stands in front of the decoder is left out, so answers differ from PEFT's")
     return prompt[:length]  # plain prompt tuning may have as many rows again for a decoder, and never uses them
+
+
+def _back_projected(x: Experiment, path: Path, name: str, vector: Tensor) -> Tensor:
+    """Return what a file's vector comes to in the subspace of this name."""
+    subspace = next((subspace for subspace in x.found("subspace") if subspace.name == name), None)
+    if subspace is None:
+        raise IptError(f"{x.store.folder} lacks the subspace of {path}, {name}, or has it of other options")
+    space = x.space(subspace)
+    if vector.shape != (space.dim,):
+        raise IptError(f"{path} holds a vector of the shape {tuple(vector.shape)}, expected ({space.dim},)")
+    return space.back_project(vector.to(x.backbone.device)[None])[0]
 
 
 def import_prompt(x: Experiment, path: Path, task: str, task_id: int | None) -> None:

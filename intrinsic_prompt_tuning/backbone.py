@@ -190,7 +190,7 @@ class Backbone:
         if (room := most - prompt_length - len(self.layout.before) - len(self.layout.after)) < 4:
             raise IptError(
                 f"a prompt of {prompt_length} tokens leaves no room for the input: {self.name} takes {most} tokens in "
-                "all; use a smaller --prompt-length"
+                f"all; use a smaller --prompt-length{'' if self.max_length == self.positions else ' or a larger --max-length'}"
             )
         return room
 

@@ -17,7 +17,7 @@ import yaml
 
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
-from intrinsic_prompt_tuning.errors import IptError, UnwritableError, damaged, nearest
+from intrinsic_prompt_tuning.errors import IptError, UnreachableError, UnwritableError, damaged, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import torch
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 Start = Literal["random", "seen"]
+MOST_UNKNOWN = 0.2
+"""The share of unknown tokens above which a task is said to be in another language than the backbone's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +266,9 @@ class Context:
             try:
                 self.sample(task, data_seed)
                 good.append(task)
-            except UnwritableError:
-                raise
             except IptError as error:
+                if isinstance(error, UnwritableError) or (isinstance(error, UnreachableError) and not self.options.skip_missing):
+                    raise  # it is nothing of this task's: the next would wait as long and fail alike
                 failures[task] = str(error)
         if failures and not self.options.skip_missing:
             raise IptError(f"{len(failures)} tasks cannot be had, leave them out with --skip-missing: {_some(failures)}")
@@ -316,6 +318,13 @@ class Context:
             ]
             if cut := sum(e.truncated for rows in self._encoded[task, data_seed] for e in rows):
                 self.report.say(f"{cut} of {sum(map(len, sample))} rows of {task} are cut to {self.backbone.max_length} tokens")
+            tokens = [token for row in known for token in row.input_ids]
+            unknown = tokens.count(self.backbone.tokenizer.unk_token_id) / len(tokens)
+            if unknown > MOST_UNKNOWN:
+                self.report.say(
+                    f"{100 * unknown:.0f} % of the tokens of {task} are words that {self.backbone.name} does not know, so it "
+                    "cannot read them: name another --backbone"
+                )
         return self._encoded[task, data_seed]
 
     def answering(self, task: str, data_seed: int) -> dict[str, Any]:

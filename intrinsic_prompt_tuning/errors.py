@@ -15,6 +15,10 @@ class UnwritableError(IptError):
     """A file cannot be written: it is the disk or the folder, and nothing that the file is about."""
 
 
+class UnreachableError(IptError):
+    """The Hub does not answer."""
+
+
 def damaged(path: Path, why: str) -> IptError:
     """Return an error about a file of the cache that is not as it was written."""
     return IptError(f"{path} {why}: remove it, and the command makes it anew")

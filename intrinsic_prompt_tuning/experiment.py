@@ -281,9 +281,9 @@ class Experiment(Context):
         chosen = [subspace for subspace in found if subspace.name.startswith(name)]
         if len(chosen) == 1:
             return chosen[0]
-        if not found and not name:
+        if not found:
             collection = self.collected()
-            if space != "subspace":
+            if space != "subspace" and not name:
                 return self.subspace(space, dim, collection)
             raise IptError(
                 f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks: run 'ipt fit-subspace --dim {dim}'"

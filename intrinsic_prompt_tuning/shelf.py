@@ -91,8 +91,9 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
         IptError: there is no such file, or it is damaged or nothing of ipt's.
     """
     path = Path(given)
-    if re.fullmatch("[0-9a-f]{4,16}", given) and not path.exists():
-        named = [file for file in cache_files(x.cache) if f"-{given}" in file.name]
+    if given and "/" not in given and not os.path.exists(given):  # noqa: PTH110 (it takes any text)
+        by_digest = f"-{given}" if re.fullmatch("[0-9a-f]{1,16}", given) else "/"
+        named = [file for file in cache_files(x.cache) if by_digest in file.name or file.name.startswith(given)]
         path = x.cache / named[0] if len(named) == 1 else path
     match = FEW_SHOT_FILE.fullmatch(path.name)
     if not os.path.isfile(path) or not (match or path.suffix in (".safetensors", UNFINISHED)):  # noqa: PTH113 (it takes any text)

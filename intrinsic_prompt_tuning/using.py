@@ -53,7 +53,8 @@ def tuned_prompts(
         )
         told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in like.items() if source == "vector")
         raise IptError(
-            f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run 'ipt {command} --task {missing[0]}{told}'"
+            f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run 'ipt {command} --task {missing[0]}{told}' with "
+            "the same options"
         )
     return {task: _best_of(x, task, own) for task, own in choices.items() if own}
 

@@ -399,6 +399,8 @@ def test_what_is_no_soft_prompt_of_this_backbone_is_refused_by_name(
     t5_place.good("export", "--task", "mood-good", "--out", tmp_path / "mood")
     assert "was made for another task: mood-good, expected count-next" in refused(tmp_path / "mood")
     assert "holds no numbered tasks" in refused(tmp_path / "longer", "--task-id", 0)
+    np.save(tmp_path / "array.npy", np.zeros((3, 16), dtype=np.float32))
+    assert "is no multitask adapter: leave --task-id out" in refused(tmp_path / "array.npy", "--task-id", 0)
     assert "No such file" in refused(tmp_path / "nothing")
 
 

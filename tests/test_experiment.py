@@ -16,7 +16,7 @@ from conftest import TASKS_FILE
 from torch import Tensor
 
 from intrinsic_prompt_tuning.context import Options, Rates
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, UnreachableError
 from intrinsic_prompt_tuning.experiment import Experiment, differences
 from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
@@ -489,6 +489,36 @@ def impossible(folder: Path) -> Path:
     return file
 
 
+def test_a_hub_that_does_not_answer_is_asked_once_unless_tasks_may_be_left_out(build: Build) -> None:
+    asked: list[str] = []
+
+    def unreachable(data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        asked.append("")
+        raise UnreachableError("no route")
+
+    for skip_missing in (False, True):
+        x = build(skip_missing=skip_missing)
+        x.tasks = {name: dataclasses.replace(task, draw=unreachable, definition=None) for name, task in x.tasks.items()}
+        seen, n_before = x.named("seen"), len(asked)
+        if skip_missing:
+            assert x.with_rows(seen, 100) == [] and len(asked) == n_before + len(seen)
+        else:
+            with pytest.raises(IptError, match="^no route$"):
+                x.with_rows(seen, 100)
+            assert len(asked) == 1
+
+
+def test_words_that_the_backbone_does_not_know_are_said(build: Build, tmp_path: Path) -> None:
+    rows = [f"a marvellous film number {n} {'glad' if n % 2 else 'sorry'},{'yes' if n % 2 else 'no'}" for n in range(60)]
+    (tmp_path / "films.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    x = build(data=tmp_path / "films.csv", split="own")
+    x.encoded("films", 100)
+    assert any("tokens of films are words that" in sentence and "name another --backbone" in sentence for sentence in told(x))
+    known = build()
+    known.encoded("mood-good", 100)
+    assert not told(known)
+
+
 def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out(build: Build, tmp_path: Path) -> None:
     x = build(tasks_file=impossible(tmp_path))
     with pytest.raises(IptError, match=r"1 tasks cannot be had, leave them out with --skip-missing: .*mood good and mood bad"):
@@ -665,6 +695,8 @@ def test_a_space_that_needs_no_learning_is_described_where_the_cache_has_none(x:
     prompts = save_prompts(x)
     for kind in ("linear", "random", "random-unscaled"):
         assert x.choose_subspace(kind, 3, "").name == x.subspace(kind, 3, prompts).name
+    with pytest.raises(IptError, match="0 subspaces of dim 3 of these 5 tasks: run 'ipt fit-subspace --dim 3'"):
+        x.choose_subspace("subspace", 3, "abcd")
     with pytest.raises(IptError, match="0 subspaces of dim 3 of these 5 tasks: run 'ipt fit-subspace --dim 3'"):
         x.choose_subspace("subspace", 3, "")
 

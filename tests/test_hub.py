@@ -15,7 +15,7 @@ import datasets
 import pytest
 import yaml
 
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, UnreachableError
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, hub, load_tasks
 from intrinsic_prompt_tuning.tasks.checks import places
 from intrinsic_prompt_tuning.tasks.hub import hub_task, read_hub_row
@@ -488,6 +488,15 @@ def test_a_template_reaches_columns_of_the_data_and_nothing_of_the_program(tmp_p
 
 
 # --- Fields of a row, one by one -----------------------------------------------------------------
+
+
+def test_a_hub_that_does_not_answer_has_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise ConnectionError("Couldn't reach 'x' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UnreachableError, match="split 'train' of 'd' could not be loaded: ConnectionError: Couldn't reach"):
+        hub_task("mine", {"dataset": "d", "template": "{a}", "answer": "b", "metric": "EM"}, TASKS_FILE).sample(100, 4, 4)
 
 
 def test_every_cleaner_and_transform_has_a_name_that_a_row_can_say() -> None:

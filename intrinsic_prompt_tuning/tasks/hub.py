@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from intrinsic_prompt_tuning.errors import IptError, nearest
+from intrinsic_prompt_tuning.errors import IptError, UnreachableError, nearest
 from intrinsic_prompt_tuning.lazy import datasets
 from intrinsic_prompt_tuning.tasks.checks import build, places
 from intrinsic_prompt_tuning.tasks.crossfit import crossfit_sample, drawn_test_rows, shuffled
@@ -218,13 +218,15 @@ class HubRow:
         elif files and self.dataset in READERS:
             files = {name: file if "://" in file else str(self.folder / file) for name, file in files.items()}
         config = None if self.revision == CONVERTED else self.config or None
+        datasets.disable_progress_bars()
         try:
             table = datasets.load_dataset(
                 self.dataset, config, revision=self.revision or None, data_files=files, split=split, **self.reader
             )
         except Exception as error:  # load_dataset lets through whatever its HTTP client, file system or reader raises
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise IptError(f"{self.where}: split '{split}' of '{self.dataset}' could not be loaded: {reason}{WAY_OUT}") from error
+            kind = UnreachableError if isinstance(error, ConnectionError) else IptError
+            raise kind(f"{self.where}: split '{split}' of '{self.dataset}' could not be loaded: {reason}{WAY_OUT}") from error
         return iter(table)
 
 

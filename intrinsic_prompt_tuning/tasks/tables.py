@@ -69,7 +69,7 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
         parts["test"] = parts["train"][4::5]
         del parts["train"][4::5]
     sizes = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if rows)
-    told += f", {len(kept)} rows: {sizes}{'' if 'test' in files else ' (a fifth, put aside)'}"
+    told += f", {len(kept)} rows: {sizes}{'' if 'test' in files or not parts['test'] else ' (a fifth, put aside)'}"
     told += f"; {len(words)} labels: {short(', '.join(words))}" if words else ""
     told += f"; left out: {total - len(kept)} rows whose input came before" if total > len(kept) else ""
     length = fmean(len(re.findall("[a-z0-9]+", row.answers[0].lower())) for _, row in kept.values())  # as Rouge-L has words
@@ -130,8 +130,10 @@ def _columns(path: Path, record: Record, said: str) -> list[str]:
     inputs, answers, options = ([name for name in record if name.strip().lower() in names] for names in COLUMNS)
     readings = [[*pair, *options] for pair in itertools.product(inputs, answers)] + [["messages"]] * ("messages" in record)
     if said:
-        wanted = said.split(",")
-        readings = [wanted] if record.keys() >= set(wanted) and len(wanted) <= len(COLUMNS) else []
+        readings = [said.split(",")]
+        if not record.keys() >= set(readings[0]) or len(readings[0]) > len(COLUMNS):
+            known = short(", ".join(record), 200)
+            raise IptError(f"--columns is '{said}', expected at most {len(COLUMNS)} of the columns of {path}: {known}")
     if len(readings) != 1:
         raise IptError(
             f"{path} has the columns {short(', '.join(record), 200)}; expected one of {', '.join(COLUMNS[0])} and one of "

@@ -9,6 +9,7 @@
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
     python tests/experiments/testbed.py ablations --cache DIR     # without each loss, without noise, other weights
     python tests/experiments/testbed.py stability --cache DIR     # Table 2: ten runs of each task, and two-stage
+    python tests/experiments/testbed.py longer --cache DIR        # beside it: prompt tuning in as many steps as the two stages
     python tests/experiments/testbed.py fine_tuning --cache DIR --processes 1    # all weights tuned, the second baseline
 
 Everything is kept in the cache, and the same command goes on where it was; `ipt plot` draws what is there. Whatever is chosen is
@@ -214,11 +215,26 @@ def stability(cache: Path) -> None:
         runs[f"two-stage, {steps} steps"] = second
     ipt.echo(f"unseen tasks, n={len(tasks)}, ten runs each: mean test score, mean over tasks of the standard deviation over runs")
     for way, own in runs.items():
-        wanted = {r.name: x.scores({r.header["task"]: (r,)}, [], [])[2] if r.kind == "soft-prompt" and "start" not in r.header
-                  else x.scores({r.header["task"]: (r,)}, [], [(r,)])[-1] for choice in own for r in choice}  # fmt: skip
-        x.make(wanted.values())
-        scores = [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in own]
-        ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(pstdev, scores)):.3f}")
+        tell_runs(x, way, own)
+
+
+def tell_runs(x: Experiment, way: str, runs: Sequence[Sequence[Result]]) -> None:
+    """Print what several runs of each task score."""
+    wanted = {r.name: x.scores({r.header["task"]: (r,)}, [], [])[2] if r.kind == "soft-prompt" and "start" not in r.header
+              else x.scores({r.header["task"]: (r,)}, [], [(r,)])[-1] for choice in runs for r in choice}  # fmt: skip
+    x.make(wanted.values())
+    scores = [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in runs]
+    ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(pstdev, scores)):.3f}")
+
+
+def longer(cache: Path) -> None:
+    """Ten runs of prompt tuning of each unseen task, in the usual steps and in twice as many: what the two stages have together."""
+    steps = experiment(cache).tuning.steps
+    for count in (2 * steps, steps):
+        x = experiment(cache, tries=10, steps=count)
+        runs = [[replace(r, instead_of=()) for r in choice] for choice in x.soft_prompts(x.named("unseen")).values()]
+        x.make(every([tuple(own) for own in runs]))
+        tell_runs(x, f"prompt tuning, {count} steps", runs)
 
 
 def fine_tuning(cache: Path) -> None:
@@ -259,7 +275,10 @@ def fine_tuning(cache: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (dims, needed, grids, seeds, seen, shots, kinds, ablations, stability, fine_tuning)}
+    parts = {
+        part.__name__: part
+        for part in (dims, needed, grids, seeds, seen, shots, kinds, ablations, stability, longer, fine_tuning)
+    }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
