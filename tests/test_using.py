@@ -97,6 +97,25 @@ def test_a_bad_line_is_said_with_its_number_and_the_others_are_answered(tuned: t
     assert "3 lines were not answered" in done.err.splitlines()[-1]
 
 
+def test_a_line_can_call_its_input_as_one_s_own_table_does(
+    shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"the {mood} fox sees {n} cups on {day},{label}" for n in ("one", "two", "six") for day in ("monday", "sunday", "tuesday")
+            for mood, label in (("glad", "yes"), ("sorry", "no"))]  # fmt: skip
+    (tmp_path / "moods.csv").write_text("\n".join(["review,label", *rows]), encoding="utf-8")
+    own = ("--data", tmp_path / "moods.csv", "--columns", "review,label", "--split", "own", "--shots", 2, "--test-rows", 2)
+
+    def cli(command: str, *arguments: object) -> Result:
+        return run_ipt(command, *shared_options, "--cache", tmp_path / "cache", *own, *arguments)
+
+    assert cli("collect", "--steps", 2, "--evaluations", 1).code == 0
+    say(monkeypatch, '{"review": "the glad eel"}\n{"input": "the glad eel"}\n{"text": "the glad eel"}\n{"review": 5}\n')
+    done = cli("predict", "--task", "moods", "--json")
+    first, second = (json.loads(line) for line in done.out.splitlines())
+    assert first == second and first["input"] == "the glad eel" and first["answer"] in ("yes", "no")
+    assert done.code == 1 and "not answered: line 3: expected text in input" in done.err and "line 4: expected" in done.err
+
+
 def test_a_task_without_anything_tuned_names_the_command_that_makes_it(
     shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

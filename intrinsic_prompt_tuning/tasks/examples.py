@@ -70,6 +70,8 @@ class Task:
     """All that the rows follow from, so that a sample can be kept under a name; None: they are drawn anew by every command."""
     words: tuple[str, ...] = ()
     """The options of every row, where the task says them."""
+    column: str = "input"
+    """What a new input can also be called: its column in one's own table."""
     render: Callable[[dict[str, Any]], Example] | None = None
     """Makes an input of the template's columns, where the task has a template."""
 

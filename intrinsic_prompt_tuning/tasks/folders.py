@@ -117,10 +117,11 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
             raise IptError(f"task {task!r} was not named with --task")
         if "input" not in row and (render := tasks[task].render):
             example = render(row)
-        elif isinstance(options, list) and all(isinstance(part, str) for part in (row.get("input"), *options)):
-            example = Example(row["input"], ("",), tuple(dict.fromkeys(options)))
         else:
-            raise IptError("expected text in input, and a list of texts in options")
+            text: Any = row.get("input", row.get(tasks[task].column))
+            if not isinstance(options, list) or not all(isinstance(part, str) for part in (text, *options)):
+                raise IptError("expected text in input, and a list of texts in options")
+            example = Example(text, ("",), tuple(dict.fromkeys(options)))
         "".join([example.input, *example.options]).encode()  # what is no text does not survive this
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise IptError(f"expected text, or a JSON object with input or the template's columns ({short(error, 200)})") from error

@@ -54,9 +54,9 @@ def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", k
 
 def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | None) -> Task:
     """Read a task's files, decide what its rows tell, and say what was understood."""
-    kept, total, told = dict[Any, tuple[str, Example]](), 0, ""
+    kept, total, names, told = dict[Any, tuple[str, Example]](), 0, list[str](), ""
     for part in filter(files.get, ("test", "validation", "train")):
-        rows, told = _read(files[part], columns)
+        rows, names, told = _read(files[part], columns)
         total += len(rows)
         for row in rows:  # of rows alike the first stays, so that no test row is trained on
             kept.setdefault((row.input, row.options), (part, row))
@@ -75,7 +75,7 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
     length = fmean(len(re.findall("[a-z0-9]+", row.answers[0].lower())) for _, row in kept.values())  # as Rouge-L has words
     metric = "ACC" if kind != "free-form" else "Rouge-L" if length > LONG_ANSWER else "EM"
     draw = partial(_draw, name, parts, kind == "classification")
-    return Task(name=name, kind=kind, metric=metric, draw=draw, source=told, splits={"own": "seen"}, words=words)
+    return Task(name=name, kind=kind, metric=metric, draw=draw, source=told, splits={"own": "seen"}, words=words, column=names[0])
 
 
 def _draw(
@@ -113,8 +113,8 @@ def _kind(name: str, rows: Sequence[Example], said: Kind | None) -> tuple[str, t
     return ("classification", labels) if said == "classification" or (few and not said) else ("free-form", ())
 
 
-def _read(path: Path, said: str) -> tuple[list[Example], str]:
-    """Return a table's rows, and which columns they were read from."""
+def _read(path: Path, said: str) -> tuple[list[Example], list[str], str]:
+    """Return a table's rows, which columns they were read from, and that for people."""
     rows, names, record = list[Example](), list[str](), Record()
     for where, record in _records(path):
         names = names or _columns(path, record, said)
@@ -122,7 +122,7 @@ def _read(path: Path, said: str) -> tuple[list[Example], str]:
     if not rows:
         raise IptError(f"{path} holds no rows")
     unused = ", ".join(name for name in record if name not in names)
-    return rows, f"{' -> '.join(names)} of {path.name}" + (f" (not {short(unused)})" if unused else "")
+    return rows, names, f"{' -> '.join(names)} of {path.name}" + (f" (not {short(unused)})" if unused else "")
 
 
 def _columns(path: Path, record: Record, said: str) -> list[str]:
