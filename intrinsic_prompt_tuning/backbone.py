@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
 from intrinsic_prompt_tuning.errors import IptError
@@ -63,21 +63,8 @@ class Answer:
     """Minus the log-likelihood of each option, where the most likely one was chosen."""
 
 
-class LanguageModel(Protocol):
-    """A frozen model of transformers, and how rows go through it: Seq2Seq or Causal."""
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-
-    def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Any:
-        """Run the model on prompts (rows, prompt_length, hidden) and inputs; what comes back is for the other two."""
-
-    def text_losses(self, begun: Any, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
-        """Return minus the log-likelihood of texts behind some of these rows: (texts,), float32."""
-
-    def generate(self, begun: Any, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
-        """Return greedily generated tokens of some of these rows, each at most so many."""
+LanguageModel = Seq2Seq | Causal
+"""A frozen model of transformers, and how rows go through it."""
 
 
 class Backbone:
@@ -115,12 +102,12 @@ class Backbone:
     @property
     def chat(self) -> bool:
         """Whether rows are written by the chat template."""
-        return getattr(self.layout, "chat", False)
+        return self.layout.chat
 
     @property
     def prompt_at(self) -> PromptAt:
         """Where the prompt stands: in front of the input or behind it."""
-        return getattr(self.lm, "prompt_at", "front")
+        return self.lm.prompt_at
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +130,9 @@ class Backbone:
         about = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
         rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
-        digest = hashlib.sha256(json.dumps([self.tokenizer.get_vocab(), rules, config], sort_keys=True, default=str).encode())
+        chat = [[self.layout.before, self.layout.after, self.layout.end]] if self.chat else []
+        about_all = [self.tokenizer.get_vocab(), rules, config, *chat]
+        digest = hashlib.sha256(json.dumps(about_all, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -163,7 +152,8 @@ class Backbone:
             IptError: the text has no tokens.
         """
         special = set(self.tokenizer.all_special_ids)
-        words = [token for token in range(len(self.tokenizer)) if token not in special]
+        known = min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0])
+        words = [token for token in range(known) if token not in special]
         chosen = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
         if text and not chosen:
             raise IptError(f"--initial-text is '{text}', which has no tokens")
@@ -207,52 +197,59 @@ class Backbone:
         """
         texts = sorted({text for e in examples for text in (*e.answers, *e.options)})
         ids = dict(zip(texts, self.layout.answers(texts), strict=True))
-        if most := self.positions:
+        most = self.positions
+        if most and isinstance(self.lm, Causal):  # answers share them with inputs
+            most //= 2
+        if most:
             ids = {text: own if len(own) <= most else own[: most - 1] + own[-1:] for text, own in ids.items()}
         limit = answer_limit or max((len(ids[text]) for e in examples for text in e.answers), default=1)
-        limit = min(limit, self.positions or limit)
+        limit = min(limit, most or limit)
         room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
         # Of text far beyond the room only the ends are looked at, so only they need to become tokens.
         end = 64 * room
         inputs = self.layout.inputs([e.input if len(e.input) <= 2 * end else e.input[:end] + e.input[-end:] for e in examples])
         return [
-            Encoded(self._around(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
+            Encoded(self._cut(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
             for own, e in zip(inputs, examples, strict=True)
         ]
 
-    def _around(self, ids: list[int], example: Example, room: int) -> list[int]:
-        """Return an input's tokens, cut to a length, between what stands around every input."""
-        return [*self.layout.before, *self._cut(ids, example, room), *self.layout.after]
-
     def _cut(self, ids: list[int], example: Example, room: int) -> list[int]:
-        """Cut input ids to a length: the end of what stands before the example's tail, then the start of the tail."""
-        if len(ids) <= room:
-            return ids
-        tail = example.input[len(example.input) - example.tail :]
-        spared = self.layout.closing + len(self.tokenizer(tail, add_special_tokens=False).input_ids)
-        head = max(1, room - spared)
-        return ids[:head] + ids[len(ids) - (room - head) :]
+        """Cut an input, first the end of what stands before the example's tail, then the start of the tail; and frame it."""
+        if len(ids) > room:
+            tail = example.input[len(example.input) - example.tail :]
+            spared = self.layout.closing + len(self.tokenizer(tail, add_special_tokens=False).input_ids)
+            head = max(1, room - spared)
+            ids = ids[:head] + ids[len(ids) - (room - head) :]
+        return [*self.layout.before, *ids, *self.layout.after]
 
     def answer(
-        self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: Decoding = "options", losses: bool = True
+        self,
+        soft_prompts: Tensor,
+        rows: Sequence[tuple[int, Encoded]],
+        *,
+        decoding: Decoding | None = "options",
+        losses: bool = True,
     ) -> list[Answer]:
         """Answer rows, each behind the soft prompt that it names.
 
         Args:
             soft_prompts: (tasks, prompt_length, hidden).
             rows: (index of the soft prompt, example).
-            decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily.
+            decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily;
+                None gives losses alone.
             losses: whether to compute the loss of the right answer, too.
         """
         answers: dict[int, Answer] = {}
 
         def work(numbers: list[int]) -> None:
             chunk = [rows[n][1] for n in numbers]
-            begun = self.lm.begin(
+            begun: Any = self.lm.begin(
                 soft_prompts[to_device([rows[n][0] for n in numbers], self.device)], [e.input_ids for e in chunk]
             )
             choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
-            said = self._generate(begun, chunk, sorted(set(range(len(chunk))) - set(choosing)))
+            writing = [i for i in range(len(chunk)) if decoding and i not in choosing]
+            written = self.lm.generate(begun, writing, [chunk[i].answer_limit for i in writing]) if writing else []
+            said = dict(zip(writing, self.layout.text(written), strict=True))
             wanted = [(i, e.target_ids) for i, e in enumerate(chunk) if losses]
             wanted += [(i, option) for i in choosing for option in chunk[i].option_ids]
             # An option that is the right answer, as one is, need not be scored twice.
@@ -266,26 +263,11 @@ class Backbone:
                 said[i] = chunk[i].example.options[scored[i].index(min(scored[i]))]
             for i, n in enumerate(numbers):
                 target = tuple(chunk[i].target_ids)
-                answers[n] = Answer(said[i], loss_of[i, target] / len(target) if losses else math.nan, scored.get(i, ()))
+                answers[n] = Answer(said.get(i, ""), loss_of[i, target] / len(target) if losses else math.nan, scored.get(i, ()))
 
         with torch.inference_mode():
             self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
-
-    def losses(self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]]) -> list[float]:
-        """Return the mean loss per token of rows' right answers, each behind the soft prompt that it names, without answering."""
-        found = [0.0] * len(rows)
-
-        def work(numbers: list[int]) -> None:
-            own = [rows[n] for n in numbers]
-            begun = self.lm.begin(soft_prompts[to_device([at for at, _ in own], self.device)], [e.input_ids for _, e in own])
-            sums = self.lm.text_losses(begun, range(len(own)), [e.target_ids for _, e in own]).tolist()
-            for n, total, (_, example) in zip(numbers, sums, own, strict=True):
-                found[n] = total / len(example.target_ids)
-
-        with torch.inference_mode():
-            self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
-        return found
 
     def _text_losses(self, begun: Any, texts: Sequence[tuple[int, tuple[int, ...]]], width: int) -> list[float]:
         """Return the losses of (row, text), in pieces: each text brings a copy of its row's states, so many tokens wide."""
@@ -298,11 +280,6 @@ class Backbone:
                 for n, loss in zip(piece, found.tolist(), strict=True):
                     losses[n] = loss
         return losses
-
-    def _generate(self, begun: Any, chunk: Sequence[Encoded], which: Sequence[int]) -> dict[int, str]:
-        """Return greedily generated text of some rows."""
-        written = self.lm.generate(begun, which, [chunk[i].answer_limit for i in which]) if which else []
-        return dict(zip(which, self.layout.text(written), strict=True))
 
 
 def load_backbone(
@@ -332,7 +309,8 @@ def load_backbone(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     where = _find_device(device)
-    half = precision == "bf16" or (precision == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported())
+    multiplied = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = precision == "bf16" or (precision == "auto" and multiplied)
     # Every step has other shapes, and with cuDNN's attention took 2 to 2.4 times as long (H100, torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
     model, tokenizer = _load(name, torch.bfloat16 if half else torch.float32)
@@ -405,10 +383,15 @@ def check_backbone(backbone: Backbone) -> None:
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2  # rounding alone: 1e-6, 3e-3
     try:
         (row,) = backbone.encode([example], prompt_length=0)
-        nothing = torch.zeros(1, 0, backbone.hidden, device=backbone.device)
-        (answer,) = backbone.answer(nothing, [(0, row)])
-        ours = answer.loss
         ids, target = (torch.tensor([ids], device=backbone.device) for ids in (row.input_ids, row.target_ids))
+        # Two of the input's own tokens as its prompt, and beside it a longer row, for which it is padded.
+        front = backbone.prompt_at == "front"
+        taken, rest = (slice(2), row.input_ids[2:]) if front else (slice(-2, None), row.input_ids[:-2])
+        with torch.inference_mode():
+            prompt = backbone.model.get_input_embeddings()(ids)[:, taken].float()
+            begun: Any = backbone.lm.begin(prompt.expand(2, -1, -1), [rest, 2 * row.input_ids])
+            found = [backbone.lm.text_losses(begun, rows, [row.target_ids] * len(rows)) for rows in ([0, 1], [0, 0, 1])]
+        ours = [float(loss) / len(row.target_ids) for loss in (found[0][0], *found[1][:2])]
         with torch.no_grad():
             if isinstance(backbone.lm, Seq2Seq):
                 # What is generated starts as what is trained (mBART's labels end in the start).
@@ -421,10 +404,11 @@ def check_backbone(backbone: Backbone) -> None:
     except Exception as error:  # whatever a family of models does that this program does not know
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise IptError(f"the backbone '{backbone.name}' ({model.config.model_type}) cannot be used here: {reason}") from error
-    if not abs(ours - theirs) <= tolerance * max(1.0, abs(theirs)):
+    if not all(abs(own - theirs) <= tolerance * max(1.0, abs(theirs)) for own in ours):
+        told = ", ".join(f"{own:.4f}" for own in ours)
         raise IptError(
-            f"the backbone '{backbone.name}' ({model.config.model_type}) computes another loss behind an empty prompt "
-            f"({ours:.4f}) than alone ({theirs:.4f}): its family does something that this program does not know"
+            f"the backbone '{backbone.name}' ({model.config.model_type}) computes another loss where a prompt is words of the "
+            f"input ({told}) than alone ({theirs:.4f}): its family does something that this program does not know"
         )
 
 

@@ -2,7 +2,7 @@
 
 Behind the text, what the frozen model keeps of an input (keys and values) does not depend on the prompt: every input goes
 through the model once, and from then on a step costs only the tokens of prompt and answer.
-Positions are counted over real tokens alone, so that padding is not seen, whatever the tokenizer's side.
+Padding stands in front of all, whatever the tokenizer's side, and positions are counted over real tokens alone.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ class Begun:
     def done(self) -> Done:
         """Prompt and input, run on their own."""
         embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
-        last = np.arange(len(real)) * real.shape[1] + real.sum(1) - 1
-        logits = self.lm.logits(embeddings, real, cache, before, last)
+        logits = self.lm.logits(embeddings, real, cache, before, np.arange(1, len(real) + 1) * real.shape[1] - 1)
         return Done(logits, cache, to_device(np.concatenate([before, real], axis=1), embeddings.device))
 
 
@@ -99,7 +98,12 @@ class Causal:
         ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
         embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
         real = np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True)
-        return embeddings, real, transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool)
+        # Padding to the front: windows and biases that count by place see prompt, input and text side by side.
+        width = real.shape[1]
+        turned = (np.arange(width) + real.sum(1, keepdims=True)) % width
+        at = to_device((turned + np.arange(n_rows)[:, None] * width).ravel(), embeddings.device)
+        embeddings = embeddings.flatten(0, 1).index_select(0, at).unflatten(0, (n_rows, width))
+        return embeddings, np.take_along_axis(real, turned, 1), transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool)
 
     def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
@@ -132,9 +136,9 @@ class Causal:
         for key in keys:
             self._keep(key, rows[key])
         lengths = [len(key) for key in keys]
-        real = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        real = np.arange(max(lengths), 0, -1) <= np.array(lengths)[:, None]
         # One tensor a row: a GPU would wait for the host if each row had one for each layer.
-        together = torch.nn.utils.rnn.pad_sequence([rows[key] for key in keys], batch_first=True)  # (rows, length, features)
+        together = torch.nn.utils.rnn.pad_sequence([rows[key] for key in keys], batch_first=True, padding_side="left")
         parts = together.split([heads * dim for heads, dim in self._shapes], dim=2)
         parts = [part.unflatten(2, shape).transpose(1, 2) for part, shape in zip(parts, self._shapes, strict=True)]
         cache: Any = transformers.DynamicCache()
@@ -176,8 +180,7 @@ class Causal:
         if "done" not in vars(begun) and list(rows) == list(range(len(begun.input_ids))):
             embeddings, real, cache, before = self.embedded(begun.soft_prompts, begun.input_ids)
             # The last token before a text predicts its first.
-            predicting = np.pad(said[:, 1:], ((0, 0), (real.shape[1], 0)))
-            predicting[np.arange(len(real)), real.sum(1) - 1] = True
+            predicting = np.pad(said, ((0, 0), (real.shape[1] - 1, 0)))
             real, flat = np.concatenate([real, said[:, :-1]], axis=1), np.flatnonzero(predicting)
             logits = self.logits(torch.cat([embeddings, following], dim=1), real, cache, before, flat)
             wanted = tokens.flatten().index_select(0, to_device(np.flatnonzero(said), tokens.device))
@@ -202,15 +205,14 @@ class Causal:
         """
         behind = begun.done.of(rows)
         mask, logits, tokens = behind.mask, behind.logits, [list[int]() for _ in rows]
-        one = np.ones((len(rows), 1), dtype=bool)
-        for _ in range(max(limits)):
+        going = np.ones((len(rows), 1), dtype=bool)
+        while going.any():
             following = logits.argmax(-1)
-            for written, token in zip(tokens, following.tolist(), strict=True):
-                if not (written and written[-1] == self.end):
-                    written.append(token)
-            if all(written[-1] == self.end or len(written) >= limit for written, limit in zip(tokens, limits, strict=True)):
-                break
-            embeddings = self.model.get_input_embeddings()(following[:, None])
-            logits = self.logits(embeddings, one, behind.cache, mask, np.arange(len(rows)))
-            mask = torch.cat([mask, to_device(one, mask.device)], dim=1)
-        return [written[:limit] for written, limit in zip(tokens, limits, strict=True)]
+            for row, token in enumerate(following.tolist()):
+                tokens[row] += [token] * bool(going[row])
+                going[row] &= token != self.end and len(tokens[row]) < limits[row]
+            if going.any():  # what has ended takes no place more: a model may have no positions for it
+                embeddings = self.model.get_input_embeddings()(following[:, None])
+                logits = self.logits(embeddings, going, behind.cache, mask, np.arange(len(rows)))
+                mask = torch.cat([mask, to_device(going, mask.device)], dim=1)
+        return tokens

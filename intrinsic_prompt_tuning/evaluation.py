@@ -58,20 +58,20 @@ def relative_performance(scores: Scores, baseline: Scores, floor: Scores) -> dic
     }
 
 
-def _gain(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return what a method gains over no prompt beside what prompt tuning gains; None where that is nothing."""
+def _gain(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return what a method gains over no prompt beside what prompt tuning gains; endless where that is nothing."""
     method, baseline = (fmean(side) for side in zip(*pairs, strict=True))
-    return method / baseline if baseline > 1e-9 else None
+    return method / baseline if baseline > 1e-9 else math.copysign(math.inf, method)
 
 
-def _with_interval(name: str, values: Sequence[Any], figure: Callable[[Sequence[Any]], float | None]) -> dict[str, float | None]:
-    """Return a figure of values, one a task, and its 95 % bootstrap interval."""
-    value, rng, low, high = figure(values) if values else None, random.Random(0), None, None
-    if value is not None and len(values) > 1:
-        drawn = (figure(rng.choices(values, k=len(values))) for _ in range(2000))
-        ordered = sorted(math.inf if one is None else one for one in drawn)
-        low, high = (bound if math.isfinite(bound) else None for bound in (ordered[50], ordered[-51]))
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+def _with_interval(name: str, values: Sequence[Any], figure: Callable[[Sequence[Any]], float]) -> dict[str, float | None]:
+    """Return a figure of values, one a task, and its 95 % bootstrap interval; None for what has no end."""
+    rng, found = random.Random(0), [figure(values) if values else math.inf, math.inf, math.inf]
+    if math.isfinite(found[0]) and len(values) > 1:
+        drawn = sorted(figure(rng.choices(values, k=len(values))) for _ in range(2000))
+        found[1:] = drawn[50], drawn[-51]
+    names = (name, f"{name}_low", f"{name}_high")
+    return {name: one if math.isfinite(one) else None for name, one in zip(names, found, strict=True)}
 
 
 GROUP = ("quantity", "space", "start", "dim", "data_seed", "subspace")

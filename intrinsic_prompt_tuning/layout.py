@@ -25,6 +25,10 @@ class Layout:
     """Tokens behind every input, likewise."""
     closing: int = 1
     """How many of an input's own tokens end it, whatever it says."""
+    end: int = 0
+    """The token behind an answer, in a causal model."""
+    chat: bool = False
+    """Whether rows are written by the chat template."""
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs, without what stands before and after."""
@@ -44,9 +48,6 @@ class CausalLayout(Layout):
     """A causal model's, with or without a chat template."""
 
     closing: int = 0
-    end: int = 0
-    """The token behind an answer."""
-    chat: bool = False
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs; never none, as something must predict the answer."""
@@ -61,7 +62,7 @@ class CausalLayout(Layout):
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as text, without the space before it."""
-        return [text.strip() for text in super().text(written)]
+        return [text.strip() for text in super().text([own[:-1] if own[-1:] == [self.end] else own for own in written])]
 
 
 def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
@@ -83,14 +84,19 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
         return CausalLayout(tokenizer, end=tokenizer.eos_token_id)
     mark, answer = "<<the-input>>", "<<the-answer>>"
     turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}]
+    # Some templates write today's date, and a row must be the same tomorrow.
+    day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
     try:
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        template = day + tokenizer.get_chat_template()
+        asked = tokenizer.apply_chat_template(turns[:1], chat_template=template, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
         before, after = asked.split(mark)
         ending = tokenizer(whole.split(answer)[1], add_special_tokens=False).input_ids
     except Exception as error:  # a template is a program of its own
         raise IptError(f"the chat template of '{name}' cannot be used ({error}): use --no-chat") from error
     before, after = (tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in (before, after))
-    if not (ending or tokenizer.eos_token_id is not None):
+    # Not the space or the text before it, which answers hold, too.
+    end = next((token for token in ending if token in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+    if end is None:
         raise IptError(f"the chat template of '{name}' has no end of turn, so no answer would ever end: use --no-chat")
-    return CausalLayout(tokenizer, before=before, after=after, end=ending[0] if ending else tokenizer.eos_token_id, chat=True)
+    return CausalLayout(tokenizer, before=before, after=after, end=end, chat=True)

@@ -205,5 +205,5 @@ def nearest_prompt(x: Context, score: Result) -> Tensor:
     """Return the seen tasks' prompt with the least loss on the training rows of a score's task: retrieval, nothing is tuned."""
     prompts, (train, *_) = x.prompts(score.inputs), x.encoded(score.header["task"], COLLECTION_SEED)
     pairs = [(at, row) for at in range(len(prompts)) for row in train]
-    losses = torch.tensor(x.backbone.losses(prompts, pairs)).nan_to_num(math.inf)
+    losses = torch.tensor([answer.loss for answer in x.backbone.answer(prompts, pairs, decoding=None)]).nan_to_num(math.inf)
     return prompts[int(losses.view(len(prompts), -1).mean(1).argmin())]

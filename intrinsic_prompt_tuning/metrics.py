@@ -1,4 +1,4 @@
-"""CrossFit's metrics: predictions and references as text, a score in [0, 1] ([-1, 1] for correlations).
+"""CrossFit's metrics, but for Rouge-L, which is rouge_score's: predictions and references as text, a score in [0, 1] ([-1, 1] for correlations).
 
 Of several references the best counts.
 """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intrinsic_prompt_tuning.errors import IptError
@@ -129,8 +129,9 @@ def available_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) / -(-n_neighbours() // torch.cuda.device_count())
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / n_neighbours()
-    except (ValueError, OSError, AttributeError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0]) / n_neighbours()
+    except (ValueError, OSError, KeyError):
         return 4e9
 
 

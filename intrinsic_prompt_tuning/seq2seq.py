@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.lazy import np, torch, transformers
 from intrinsic_prompt_tuning.passes import FEW, IGNORE, padded, to_device
@@ -36,6 +36,7 @@ class Seq2Seq:
 
     model: Any
     pad_token_id: int
+    prompt_at: Literal["front"] = "front"
 
     def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
         """Run the encoder on `soft prompt + input`.

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from intrinsic_prompt_tuning.backbone import Answer, Backbone, Decoding, Encoded
 from intrinsic_prompt_tuning.errors import IptError
@@ -216,7 +216,7 @@ def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) 
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
     state["theta"] = theta.detach()
-    _record_losses(losses, state, config)
+    _record_losses(losses, state)
     adam(state, gradient, torch.tensor([job.learning_rate for job in table.jobs], dtype=torch.float64), config)
 
 
@@ -240,7 +240,7 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
         own = [batch[n][1] for n in numbers]
         at = to_device([batch[n][0] for n in numbers], soft_prompts.device)
         leaf = soft_prompts[at].requires_grad_()
-        begun = backbone.lm.begin(leaf, [e.input_ids for e in own])
+        begun: Any = backbone.lm.begin(leaf, [e.input_ids for e in own])
         sums = backbone.lm.text_losses(begun, range(len(own)), [e.target_ids for e in own])
         means = sums / to_device([tokens[batch[n][0]] for n in numbers], soft_prompts.device)
         means.sum().backward()
@@ -274,10 +274,10 @@ def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, con
     state["theta"] = state["theta"] - rate * state["mean"] / ((state["square"] / share).sqrt() + 1e-8)
 
 
-def _record_losses(losses: Tensor, state: dict[str, Tensor], config: TuneConfig) -> None:
+def _record_losses(losses: Tensor, state: dict[str, Tensor]) -> None:
     """Add each job's loss to its mean over its first ten and over its last ten steps; one that is not finite stays in both."""
-    step, window = to_device(state["step"], losses.device), min(10, config.steps)
-    state["first_loss"] = state["first_loss"] + torch.where(step < window, losses / window, 0)
+    step, first = to_device(state["step"].float(), losses.device), state["first_loss"]
+    state["first_loss"] = torch.where(step < 10, first.lerp(losses, 1 / (step + 1)), first)
     state["last_loss"] = torch.where(step == 0, losses, state["last_loss"].lerp(losses, 0.1))
 
 

@@ -134,6 +134,7 @@ def _answered(
 
 
 def _prediction(task: str, example: Example, answer: Answer) -> Prediction:
-    weights = [math.exp(min(answer.option_losses) - loss) for loss in answer.option_losses]
-    shares = {option: weight / sum(weights) for option, weight in zip(example.options, weights, strict=True)} if weights else None
+    losses = dict(zip(example.options, answer.option_losses, strict=False))  # of options that the data repeat one
+    weights = {option: math.exp(min(losses.values()) - loss) for option, loss in losses.items()}
+    shares = {option: weight / sum(weights.values()) for option, weight in weights.items()} or None
     return Prediction(task, example.input, answer.text, shares)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import save_tokenizer, spread, words_of
@@ -16,6 +18,8 @@ from torch import Tensor
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
+from intrinsic_prompt_tuning.layout import causal_layout
+from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.settings import TESTBED
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example, Task, World
@@ -27,6 +31,10 @@ FAMILIES: dict[str, Any] = {
     "llama": lambda size: transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64, **SIZES),
     "qwen3": lambda size: transformers.Qwen3Config(vocab_size=size, max_position_embeddings=64, head_dim=4, **SIZES),
     "gemma": lambda size: transformers.GemmaConfig(vocab_size=size, max_position_embeddings=64, head_dim=4, **SIZES),
+    "mistral": lambda size: transformers.MistralConfig(vocab_size=size, max_position_embeddings=64, sliding_window=5, **SIZES),
+    "mpt": lambda size: transformers.MptConfig(
+        vocab_size=size, d_model=16, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64
+    ),
     "gemma2": lambda size: transformers.Gemma2Config(vocab_size=size, max_position_embeddings=64, head_dim=4, **SIZES),
 }
 CHAT = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<turn> assistant {% endif %}"
@@ -104,6 +112,7 @@ def test_losses_gradients_and_options_are_those_of_the_unpadded_computation(
     folders: dict[str, Path], family: str, tasks: dict[str, Task], at: Any
 ) -> None:
     backbone = load_backbone(str(folders[family]), device="cpu", prompt_at=at)
+    backbone.budget = backbone.answer_budget = Budget(1 << 12)  # rows of all lengths in one pass, as on a GPU
     rows, prompts = rows_of(backbone, tasks), prompts_of(backbone, 2)
     leaf = prompts.clone().requires_grad_()
     expected = [plain_loss(backbone, leaf[n % 2], row, row.target_ids) for n, row in enumerate(rows)]
@@ -131,6 +140,7 @@ def test_generation_is_greedy_and_padding_is_not_seen(
     folders: dict[str, Path], family: str, tasks: dict[str, Task], at: Any
 ) -> None:
     backbone = load_backbone(str(folders[family]), device="cpu", prompt_at=at)
+    backbone.budget = backbone.answer_budget = Budget(1 << 12)
     rows, prompts = rows_of(backbone, tasks)[:8], prompts_of(backbone, 2)
     answers = backbone.answer(prompts, [(n % 2, row) for n, row in enumerate(rows)], decoding="generate")
     for n, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -140,6 +150,28 @@ def test_generation_is_greedy_and_padding_is_not_seen(
                 written.append(int(plain_logits(backbone, prompts[n % 2], row, [*written, 0])[-1].argmax()))
         assert answer.text == backbone.tokenizer.decode(written, skip_special_tokens=True).strip()
     assert len({answer.text for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("at", ["front", "end"])
+def test_a_row_that_may_write_much_takes_no_position_of_its_neighbours(folders: dict[str, Path], at: Any) -> None:
+    """GPT-2 has 64 positions: a row that fills them ends beside one that goes on."""
+    backbone = load_backbone(str(folders["gpt2"]), device="cpu", prompt_at=at)
+    backbone.lm.end = -1  # no answer ends by itself
+    (long,) = backbone.encode([Example("the owl " * 20, ("bird",))], prompt_length=3, answer_limit=20)
+    (short,) = backbone.encode([Example("the owl", ("bird",))], prompt_length=3, answer_limit=30)
+    assert len(long.input_ids) + 3 + 20 > 60
+    prompts = prompts_of(backbone, 1)
+    alone = [backbone.answer(prompts, [(0, row)], decoding="generate")[0].text for row in (long, short)]
+    backbone.answer_budget = Budget(1 << 12)
+    together = backbone.answer(prompts, [(0, long), (0, short)], decoding="generate")
+    assert [answer.text for answer in together] == alone
+
+
+def test_long_answers_leave_half_of_the_positions_to_the_input(folders: dict[str, Path]) -> None:
+    backbone = load_backbone(str(folders["gpt2"]), device="cpu")
+    (row,) = backbone.encode([Example("the owl sees " * 5, ("one two " * 20,))], prompt_length=3, answer_limit=80)
+    assert len(row.input_ids) == 15 and not row.truncated
+    assert len(row.target_ids) == row.answer_limit == 32 and row.target_ids[-1] == backbone.lm.end
 
 
 def test_a_prompt_in_front_gives_the_loss_and_the_gradient_of_peft(folders: dict[str, Path], tasks: dict[str, Task]) -> None:
@@ -246,6 +278,61 @@ def test_an_empty_input_still_has_a_token_to_go_on_from(folders: dict[str, Path]
     (row,) = backbone.encode([Example("", ("two",))], prompt_length=0)
     (answer,) = backbone.answer(torch.zeros(1, 0, backbone.hidden), [(0, row)])
     assert len(row.input_ids) == 1 and answer.loss > 0
+
+
+def bytes_tokenizer(template: str) -> Any:
+    """Return a tokenizer of single bytes, in which a template's marks are no tokens but the end of text is."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {{ END }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.mark.parametrize("end", ["{{ eos_token }}", "<over>"])
+def test_an_answer_of_a_chat_ends_with_a_token_that_is_no_text(end: str) -> None:
+    """The space before the end is none, nor the first letter of a mark that is no token."""
+    tokenizer = bytes_tokenizer(TURNS.replace("{{ END }}", end))
+    layout = causal_layout(tokenizer, "bytes", None)
+    assert layout.chat and layout.end == tokenizer.eos_token_id
+    (ids,) = layout.answers(["two keys"])
+    assert tokenizer.decode(ids) == "two keys</s>" and layout.text([ids]) == ["two keys"]
+
+
+def test_a_chat_template_writes_the_same_day_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Later:
+            return cls(2031, 1, 2)
+
+    tokenizer = bytes_tokenizer("{{ 'It is ' + strftime_now('%d %b %Y') }}" + TURNS.replace("{{ END }}", "</s>"))
+    today = causal_layout(tokenizer, "bytes", None).before
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    assert causal_layout(tokenizer, "bytes", None).before == today
+    assert "26 Jul 2024" in tokenizer.decode(today)
+
+
+def test_the_fingerprint_changes_with_the_chat_template_where_it_is_used(tmp_path: Path, world: World) -> None:
+    folder = save_model(tmp_path, "llama", world, chat=True)
+    found = []
+    for template in (CHAT, CHAT.replace("<turn>", "<turn> the")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        found.append([load_backbone(str(folder), device="cpu", chat=chat).fingerprint for chat in (True, False)])
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+def test_random_words_are_those_that_the_model_has_embeddings_of(folders: dict[str, Path]) -> None:
+    backbone = load_backbone(str(folders["llama"]), device="cpu")
+    assert backbone.tokenizer.add_tokens([f"new{n}" for n in range(500)]) == 500
+    for seed in range(3):
+        assert backbone.initial_prompt(100, seed).isfinite().all()
 
 
 # --- Bad input -----------------------------------------------------------------------------------

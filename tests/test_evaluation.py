@@ -59,6 +59,12 @@ def test_a_bound_of_the_gain_that_has_nothing_to_divide_by_is_left_out() -> None
     assert result["gain_high"] is None
 
 
+def test_a_gain_below_nothing_has_no_lower_bound_where_a_draw_has_nothing_to_divide_by() -> None:
+    result = relative_performance({"a": 0.4, "b": 0.4}, {"a": 0.8, "b": 0.4}, {"a": 0.5, "b": 0.5})
+    assert result["gain"] == pytest.approx(-0.2 / 0.2)
+    assert result["gain_low"] is None and result["gain_high"] == pytest.approx(-0.1 / 0.3)
+
+
 def test_with_nothing_to_divide_by_there_is_no_figure_and_no_zero() -> None:
     result = relative_performance({"a": 0.5}, {"a": 0.0}, {"a": 0.0})
     assert (result["n_tasks"], result["n_excluded"], result["mean_score"]) == (0, 1, 0.5)

@@ -852,7 +852,7 @@ def test_the_mean_and_the_nearest_of_the_seen_prompts_are_scored_on_unseen_tasks
     x.make(wanted.values())
     tensors = torch.stack(list(made_up(x).values()))
     train, _, test = x.encoded("even-or-good", 100)
-    losses = [sum(x.backbone.losses(prompt[None], [(0, row) for row in train])) for prompt in tensors]
+    losses = [sum(a.loss for a in x.backbone.answer(prompt[None], [(0, row) for row in train])) for prompt in tensors]
     for stage, prompt in (("mean", tensors.mean(0)), ("nearest", tensors[losses.index(min(losses))])):
         answers = x.backbone.answer(prompt[None], [(0, row) for row in test])
         expected = METRICS["ACC"]([answer.text for answer in answers], [row.example.answers for row in test])

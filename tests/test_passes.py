@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,7 +131,8 @@ def test_numbers_reach_a_device_as_they_are() -> None:
     ("environment", "share"), [({}, 1), ({"WORLD_SIZE": "4"}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2"}, 2)]
 )
 def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], share: int) -> None:
-    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    told = "MemTotal:  900 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n"
+    monkeypatch.setattr(passes.Path, "read_text", lambda path, encoding: told)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

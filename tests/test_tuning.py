@@ -367,6 +367,15 @@ def test_tuning_lowers_the_loss_of_every_job(backbone: Backbone, tasks: dict[str
         assert result.record["last_loss"] < result.record["first_loss"], str(result.job)
 
 
+def test_the_first_loss_is_a_mean_over_the_steps_that_were_taken(bart: Backbone, tasks: dict[str, Task]) -> None:
+    """A job that hardly moves, and ends after two steps of which its first loss would be a mean over ten."""
+    space = make_space(bart, "prompt")
+    job = make_job(bart, tasks["mood-good"], torch.zeros(space.dim), rate=1e-9)
+    (result,) = tune(bart, space, [job], TuneConfig(steps=20, batch_size=8, evaluations=10, patience=1))
+    assert result.record["steps"] < 10
+    assert result.record["first_loss"] == pytest.approx(result.record["last_loss"], rel=0.2)
+
+
 # --- Interruptions -------------------------------------------------------------------------------
 
 

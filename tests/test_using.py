@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -17,13 +18,14 @@ import torch
 from conftest import Result, run_ipt
 
 import ipt
-from intrinsic_prompt_tuning.backbone import Backbone
+from intrinsic_prompt_tuning.backbone import Answer, Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.tasks import PARTS, TASKS_FILE, Example, load_tasks
 from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.hub import read_hub_row
+from intrinsic_prompt_tuning.using import _prediction
 
 Cli = Callable[..., Result]
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -215,6 +217,12 @@ def test_options_of_a_template_are_the_object_s_own(tmp_path: Path) -> None:
         parse_input(tasks, "choose", '{"mood": "which"}')
     with pytest.raises(IptError, match="template names 'animal'"):
         parse_input(tasks, "choose", '{"mood": "which", "task": "talk"}')
+
+
+def test_the_probabilities_of_options_add_up_to_one_though_the_data_repeat_one() -> None:
+    told = _prediction("t", Example("x", ("",), ("red", "red", "blue")), Answer("red", math.nan, (1.0, 1.0, 1.0)))
+    assert told.options == pytest.approx({"red": 0.5, "blue": 0.5})
+    assert _prediction("t", Example("x", ("",)), Answer("red", math.nan)).options is None
 
 
 def test_every_template_that_ships_renders_a_record_without_its_answer() -> None:
