@@ -1,6 +1,6 @@
-"""CrossFit's metrics, but for Rouge-L, which is rouge_score's: predictions and references as text, a score in [0, 1] ([-1, 1] for correlations).
+"""CrossFit's metrics: predictions and references as text, a score in [0, 1] ([-1, 1] for correlations).
 
-Of several references the best counts.
+Of several references the best counts. Rouge-L is as rouge_score computes it, which knows no case and no punctuation.
 """
 
 from __future__ import annotations
