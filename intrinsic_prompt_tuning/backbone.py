@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
-from intrinsic_prompt_tuning.errors import IptError
+from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.layout import Layout, causal_layout
 from intrinsic_prompt_tuning.lazy import torch, transformers
 from intrinsic_prompt_tuning.passes import IGNORE, Budget, first_budgets, to_device
@@ -363,7 +363,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise
     except Exception as error:  # readers of safetensors, GGUF, JSON and configurations raise whatever they like
         raise IptError(
-            f"cannot load the backbone '{name}' as a language model: {(str(error).splitlines() or [repr(error)])[0]} "
+            f"cannot load the backbone '{short(name, 200)}' as a language model: {short(str(error) or repr(error), 300)} "
             "Expected a Hub id (google/t5-base-lm-adapt), a folder with config, safetensors and tokenizer, or a .gguf file"
         ) from error
     if loading["missing_keys"]:
@@ -402,7 +402,7 @@ def check_backbone(backbone: Backbone) -> None:
                 labels = torch.cat([torch.full_like(ids, IGNORE), target], dim=1)
                 theirs = float(model(input_ids=torch.cat([ids, target], dim=1), labels=labels).loss)
     except Exception as error:  # whatever a family of models does that this program does not know
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = short(f"{type(error).__name__}: {error}", 200)
         raise IptError(f"the backbone '{backbone.name}' ({model.config.model_type}) cannot be used here: {reason}") from error
     if not all(abs(own - theirs) <= tolerance * max(1.0, abs(theirs)) for own in ours):
         told = ", ".join(f"{own:.4f}" for own in ours)

@@ -37,7 +37,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 import torch
 
 import ipt
-from intrinsic_prompt_tuning import backbone, finding, load_backbone, load_tasks, makers, results, tuning
+from intrinsic_prompt_tuning import backbone, context, finding, load_backbone, load_tasks, makers, results, tuning
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.passes import Budget, first_budgets
@@ -246,7 +246,7 @@ def kill(kills: int, processes: int, slots: int, seed: int) -> int:
 # --- Stopping ------------------------------------------------------------------------------------
 
 STAGES = {
-    "reading the tasks": (ipt.Experiment, "of", 1),
+    "reading the tasks": (context, "find_tasks", 1),
     "loading the backbone": (backbone, "_load", 1),
     "checking the backbone": (backbone, "check_backbone", 1),
     "drawing rows": (Experiment, "sample", 2),

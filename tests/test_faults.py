@@ -161,7 +161,7 @@ def test_prompts_are_written_into_a_cache_that_vanished_meanwhile(vanishing: Cal
     ("collect", ("--data", "LONG"), ("File name too long",)),
     ("collect", ("--tasks-file", "FOLDER"), ("FOLDER is not readable as YAML", "Is a directory")),
     ("collect", ("--backbone", "FILE"), ("cannot load the backbone 'FILE'",)),
-    ("collect", ("--backbone", "LONG"), ("File name too long",)),
+    ("collect", ("--backbone", "LONG"), ("cannot load the backbone 'xxx", "Expected a Hub id")),
     ("collect", ("--backbone", "FOLDER"), ("cannot load the backbone 'FOLDER'",)),
     ("predict", ("--task", "count-next", "--input", "BYTES"), ("1 lines were not answered",)),
     ("export", ("--task", "count-next", "--out", "FILE"), ("is not empty, or no folder",)),

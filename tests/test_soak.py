@@ -162,6 +162,8 @@ def test_scoring_goes_on_with_the_row_at_which_it_was_stopped_and_a_damaged_stat
     answered, answer = list[int](), backbone.Backbone.answer
 
     def counted(self: Any, prompts: Any, rows: Any, **more: Any) -> Any:
+        if more.get("decoding", "") is None:  # looks for the nearest prompt
+            return answer(self, prompts, rows, **more)
         if len(answered) == 4 and not stopped:
             stopped.append(True)
             signal.raise_signal(signal.SIGINT)
