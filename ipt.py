@@ -239,7 +239,8 @@ def collect(
     good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
     starts = warm_starts(x, start, good, data_seed, dim) if start else None
     x.make(chain(*x.soft_prompts(good, data_seed, starts).values()), dry_run=dry_run)
-    x.report.say(f"results: {x.store.folder}")
+    if not dry_run:
+        x.report.say(f"results: {x.store.folder}")
 
 
 @command("fit-subspace", Options, SubspaceConfig, Sharing)
@@ -277,7 +278,8 @@ def tune(
         choices = [own for found in spaces for own in x.intrinsic_vectors(good, data_seed, found, start).values()]
         choices += [tuple(spaces)] * (space != "subspace")
     x.make(chain(*choices), dry_run=dry_run)
-    x.report.say(f"results: {x.store.folder}")
+    if not dry_run:
+        x.report.say(f"results: {x.store.folder}")
 
 
 @command("eval", Options, Sharing)
