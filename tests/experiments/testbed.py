@@ -228,13 +228,19 @@ def tell_runs(x: Experiment, way: str, runs: Sequence[Sequence[Result]]) -> None
 
 
 def longer(cache: Path) -> None:
-    """Ten runs of prompt tuning of each unseen task, in the usual steps and in twice as many: what the two stages have together."""
-    steps = experiment(cache).tuning.steps
-    for count in (2 * steps, steps):
-        x = experiment(cache, tries=10, steps=count)
-        runs = [[replace(r, instead_of=()) for r in choice] for choice in x.soft_prompts(x.named("unseen")).values()]
-        x.make(every([tuple(own) for own in runs]))
-        tell_runs(x, f"prompt tuning, {count} steps", runs)
+    """Ten runs of each unseen task in twice the usual steps, which is what the two stages have together, and in the usual ones."""
+    whole = experiment(cache)
+    seen, tasks = whole.soft_prompts(whole.named("seen")), whole.named("unseen")
+    spaces = [whole.subspace(kind, 250, seen) for kind in ("subspace", "random")]
+    whole.make([*every([*seen.values()]), *spaces])
+    for steps in (2 * whole.tuning.steps, whole.tuning.steps):
+        x = experiment(cache, tries=10, steps=steps)
+        ways = {"prompt tuning": x.soft_prompts(tasks)}
+        ways |= {f"{s.header['space']} 250": x.intrinsic_vectors(tasks, COLLECTION_SEED, s) for s in spaces}
+        for way, choices in ways.items():
+            runs = [[replace(r, instead_of=()) for r in choice] for choice in choices.values()]
+            x.make([r for choice in runs for r in choice])
+            tell_runs(x, f"{way}, {steps} steps", runs)
 
 
 def fine_tuning(cache: Path) -> None:
