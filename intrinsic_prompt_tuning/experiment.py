@@ -302,7 +302,9 @@ class Experiment(Context):
             header = result.header
             if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
-            elif not (self.with_rows([header["task"]], header["data_seed"]) and self._is_current(result)):
+            elif header["task"] in self.left_out or not self.with_rows([header["task"]], header["data_seed"]):
+                others["rows that cannot be had"] += 1
+            elif not self._is_current(result):
                 others["other rows"] += 1
             else:
                 key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace"))
