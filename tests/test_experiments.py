@@ -109,11 +109,11 @@ def test_the_testbed_tells_what_is_above_what_over_seeds(
         return x
 
     monkeypatch.setattr(testbed, "experiment", small)
-    monkeypatch.setattr(testbed, "SEEDS_SPACES", (("subspace", 4), ("low-rank", 250)))
+    monkeypatch.setattr(testbed, "SEEDS_SPACES", (("random", 4), ("low-rank", 250)))
     testbed.seeds(tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("prompt tuning  n ") == 3 and printed.index("mean +- standard deviation") > 0
-    above = [line for line in printed.splitlines() if "subspace 4 over low-rank 250" in line]
+    above = [line for line in printed.splitlines() if "random 4 over low-rank 250" in line]
     assert [line.split(":")[0] for line in above] == ["T_train_diff(IST)", "T_test(IST)"]
     assert above[0].endswith("(n=3)") and above[1].endswith("(n=2)")
 

@@ -33,7 +33,7 @@ def soak(*arguments: object) -> str:
 
 
 def test_runs_that_are_killed_at_random_moments_leave_the_files_of_an_undisturbed_one_and_do_nothing_twice() -> None:
-    assert re.fullmatch(r"in all: 30 kills in \d+ runs of 1 processes, \d+ files compared, 0 wrong", soak("kill", "--kills", 30))
+    assert re.fullmatch(r"in all: 15 kills in \d+ runs of 1 processes, \d+ files compared, 0 wrong", soak("kill", "--kills", 15))
 
 
 def test_two_processes_that_are_killed_together_or_one_of_them_leave_the_same_files_too() -> None:
