@@ -372,7 +372,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """Send one row through our path with an empty prompt, and through the model's own; refuse a model that differs.
+    """Send one row through our path, two of its tokens as prompt and padded beside another, and through the model's own; compare.
 
     Families differ in what they do between tokens and layers (scaled embeddings, start tokens, masks). Whatever passes is right.
 
