@@ -165,7 +165,7 @@ def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[st
             continue
         state = x.store.unfinished(score)
         said[score] = json.loads(bytes(state["said"].tolist())) if state else []
-        prompt = nearest_prompt(x, score) if stage == "nearest" else x.soft_prompt(score)
+        prompt = nearest_prompts(x, score)[0] if stage == "nearest" else x.soft_prompt(score)
         yield from ((score, prompt, row) for row in x.encoded(task, COLLECTION_SEED)[2][len(said[score]) :])
 
 
@@ -201,9 +201,9 @@ def _one_answer(sample: Sample, metric: str) -> list[str]:
     return [max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))] * len(sample.test)
 
 
-def nearest_prompt(x: Context, score: Result) -> Tensor:
-    """Return the seen tasks' prompt with the least loss on the training rows of a score's task: retrieval, nothing is tuned."""
+def nearest_prompts(x: Context, score: Result) -> Tensor:
+    """Return the seen tasks' prompts, that with the least loss on the training rows of a score's task first: retrieval."""
     prompts, (train, *_) = x.prompts(score.inputs), x.encoded(score.header["task"], COLLECTION_SEED)
     pairs = [(at, row) for at in range(len(prompts)) for row in train]
     losses = torch.tensor([answer.loss for answer in x.backbone.answer(prompts, pairs, decoding=None)]).nan_to_num(math.inf)
-    return prompts[int(losses.view(len(prompts), -1).mean(1).argmin())]
+    return prompts[losses.view(len(prompts), -1).mean(1).argsort(stable=True)]

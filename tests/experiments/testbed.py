@@ -4,6 +4,7 @@
     python tests/experiments/testbed.py needed --cache DIR        # dimensions that unseen tasks need: random spaces above 250
     python tests/experiments/testbed.py grids --cache DIR         # three learning rates a task on every side
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
+    python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, and starts near by
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
@@ -23,7 +24,7 @@ import itertools
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -35,9 +36,10 @@ import yaml
 import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
-from intrinsic_prompt_tuning.evaluation import spread
+from intrinsic_prompt_tuning.evaluation import relative_performance, spread
+from intrinsic_prompt_tuning.makers import nearest_prompts
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, spread_text
+from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tuning import minibatch, outcome
@@ -58,10 +60,11 @@ def every(choices: Sequence[Choice]) -> list[Result]:
 
 
 def measure(
-    x: Experiment, prompts: dict[str, Choice], spaces: Sequence[Result], *, seen: Sequence[str] = (), other_seed: int = OTHER_SEED
-) -> dict[str, Any]:
+    x: Experiment, prompts: dict[str, Choice], spaces: Sequence[Result], *,
+    seen: Sequence[str] = (), other_seed: int = OTHER_SEED, more: Sequence[Choice] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Tune vectors of unseen tasks, and of these seen ones on other data, in some spaces; print the table and return it."""
-    vectors = []
+    vectors = [*more]
     for space in spaces:
         vectors += x.intrinsic_vectors(x.named("unseen"), COLLECTION_SEED, space).values()
         vectors += x.intrinsic_vectors(seen, other_seed, space).values()
@@ -124,6 +127,79 @@ def seeds(cache: Path) -> None:
             )
 
 
+def folds(cache: Path) -> None:
+    """Each task that composes two parts is unseen once, in four splits; prompts and vectors also start from the nearest seen prompts."""
+    whole = experiment(cache)
+    tasks = [task for task in whole.roles if not whole.task(task).pretrained]
+    drawn = random.Random(0).sample(tasks, len(tasks))
+    told = list[dict[str, Any]]()
+    for n in range(4):
+        unseen = drawn[n::4]
+        file = write_split(cache, f"fold-{n}", [task for task in whole.roles if task not in unseen], unseen)
+        x = experiment(cache, split=str(file))
+        prompts = x.soft_prompts(x.named("seen", "unseen"))
+        collection = {task: prompts[task] for task in x.named("seen")}
+        spaces = [x.subspace(kind, dim, collection) for kind, dim in SEEDS_SPACES]
+        x.make([*every(prompts.values()), *spaces])
+        near = from_nearest(x, x.scores(prompts, spaces, []), x.soft_prompts(unseen).values())
+        for space in spaces:
+            if space.header["space"] == "subspace":
+                vectors = x.intrinsic_vectors(unseen, COLLECTION_SEED, space)
+                near += from_nearest(x, x.scores(prompts, spaces, []), vectors.values())
+        report = measure(x, prompts, spaces, more=near)
+        told += [score for score in report["scores"] if score["task"] in unseen]
+        ipt.echo(pooled_text(told))
+
+
+def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[str]) -> Path:
+    """Write a split, which `--split` takes, beside the results."""
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"seen": list(seen), "unseen": list(unseen)}), encoding="utf-8")
+    return file
+
+
+def from_nearest(x: Experiment, scores: Sequence[Result], choices: Iterable[Choice]) -> list[Choice]:
+    """Describe tuned results that start, a try each, from the seen prompts with the least losses on the training rows."""
+    retrieved = {score.header["task"]: score for score in scores if score.header["stage"] == "nearest"}
+    near = list[Choice]()
+    for choice in choices:
+        task, own = choice[0].header["task"], list[Result]()
+        for number, result in enumerate(choice):
+            name = f"{number} nearest to {task} of {retrieved[task].header['subspace']}"
+            if name not in x.starts:
+                found = nearest_prompts(x, retrieved[task])
+                x.starts |= {f"{n} {name.partition(' ')[2]}": prompt for n, prompt in enumerate(found[: len(choice)])}
+            header = {**result.header, "start": "nearest", "start_prompt": name}
+            own.append(replace(result, header=header, instead_of=tuple(own)))
+        near.append(tuple(own))
+    return near
+
+
+def pooled_text(told: Sequence[dict[str, Any]]) -> str:
+    """Write what unseen tasks of several splits score together, and what is above what, task by task."""
+    floor, baseline = (
+        {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in ("no prompt", "prompt tuning")
+    )
+    by_way = {"prompt tuning": baseline}
+    for score in told:
+        if score["space"]:
+            way = f"{score['quantity']} {score['space']} {score['dim']}" + " nearest" * (score["start"] == "nearest")
+            by_way.setdefault(way, {})[score["task"]] = score["value"]
+    lines = []
+    for way, own in by_way.items():
+        figures = relative_performance(own, baseline, floor)
+        lines.append([way, len(own), figures["mean_score"], pstdev(own.values()), *(
+            f"{figures[name]:.3f} [{figures[f'{name}_low']:.3f} {figures[f'{name}_high']:.3f}]" for name in ("e_rel", "gain")
+        )])  # fmt: skip
+    text = table_text("way|n|mean score|over tasks|E_rel|gain", lines)
+    pairs = []
+    for one, other in itertools.combinations(by_way, 2):
+        more = [by_way[one][task] - by_way[other][task] for task in by_way[one]]
+        pairs.append([one, other, f"{fmean(more):+.3f}", stdev(more) / len(more) ** 0.5])
+    return text + table_text("way|over|difference|standard error", pairs)
+
+
 def mean_scores(reports: Sequence[dict[str, Any]], quantity: str, space: str, dim: int) -> dict[str, float]:
     """Return each task's test score in a space, its mean over runs."""
     found = defaultdict[str, list[float]](list)
@@ -160,15 +236,12 @@ def kinds(cache: Path) -> None:
     """All tasks of one kind are unseen, the seen tasks of the other kinds make the subspace."""
     whole = experiment(cache)
     for kind in sorted({whole.task(task).kind for task in whole.roles}):
-        split = {"seen": [task for task in whole.named("seen") if whole.task(task).kind != kind],
-                 "unseen": [task for task in whole.roles if whole.task(task).kind == kind]}  # fmt: skip
-        cache.mkdir(parents=True, exist_ok=True)
-        file = cache / f"without-{kind}.yaml"
-        file.write_text(yaml.safe_dump(split), encoding="utf-8")
-        x = experiment(cache, split=str(file))
+        seen = [task for task in whole.named("seen") if whole.task(task).kind != kind]
+        unseen = [task for task in whole.roles if whole.task(task).kind == kind]
+        x = experiment(cache, split=str(write_split(cache, f"without-{kind}", seen, unseen)))
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
-        ipt.echo(f"without {kind}: {len(split['seen'])} seen tasks, {len(split['unseen'])} unseen ones")
+        ipt.echo(f"without {kind}: {len(seen)} seen tasks, {len(unseen)} unseen ones")
         measure(x, prompts, [x.subspace(space, dim, collection) for space in ("subspace", "random") for dim in (250, 10)])
 
 
@@ -283,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         part.__name__: part
-        for part in (dims, needed, grids, seeds, seen, shots, kinds, ablations, stability, longer, fine_tuning)
+        for part in (dims, needed, grids, seeds, folds, seen, shots, kinds, ablations, stability, longer, fine_tuning)
     }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
