@@ -322,8 +322,9 @@ def test_what_is_exported_comes_back_with_the_same_bytes(t5_place: Place, empty:
     found, here = empty.prompts(), t5_place.prompts()
     kept = [safetensors.torch.load_file(tmp_path / source / WEIGHTS)["prompt_embeddings"] for source in ("prompt", "vector")]
     assert all(any(torch.equal(one["prompt"], prompt) for one in found.values()) for prompt in kept)
-    validations = {source["record"]["validation"] for source in here.values()}
-    assert any(one["record"]["validation"] in validations for one in found.values())
+    same = [(one["record"], other["record"]) for one in found.values() for other in here.values()
+            if torch.equal(one["prompt"], other["prompt"])]  # fmt: skip
+    assert [new["validation"] for new, _ in same] == [old["validation"] for _, old in same] != []
     assert all(one["header"]["imported"] and one["header"]["source"] for one in found.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,9 @@ def test_nothing_that_ships_lies_under_the_tests() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wheel = text[text.index("[tool.hatch.build.targets.wheel]") : text.index("[tool.ruff]")]
     assert "tests" not in wheel
+
+
+def test_the_readme_lists_the_rooms_in_this_order() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| room |")[2]
+    told = [room for row in re.findall(r"^\| (`[^|]*) \|", table, re.M) for room in re.findall(r"`(\w+)/?`", row)]
+    assert told == [room for room in ORDER if room not in ("ipt", "__init__")]

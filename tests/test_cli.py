@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import typer
 from conftest import TASKS_FILE, Result, files_in, run_ipt
 
 import ipt
@@ -36,7 +38,7 @@ from intrinsic_prompt_tuning.tuning import TuneConfig
 Cli = Callable[..., Result]
 DIMS = ("--dim", 6, "--dim", 4)
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
-COMMANDS = ("collect", "fit-subspace", "tune", "eval", "run", "plot", "report", "tasks")
+COMMANDS = tuple(str(command.name) for command in ipt.app.registered_commands)
 PACE = 3.0
 """Seconds that a help text may take here, six times the promise: other work may fill the machine."""
 
@@ -307,7 +309,7 @@ def test_a_real_run_measures_no_pace(cli: Cli) -> None:
     assert re.search(
         r"^plan: 1 soft prompts to make, 0 made before; at most [\d,]+ rows, .* [kM]?B of files$", done.err, re.MULTILINE
     )
-    assert "minutes" not in done.err
+    assert "just measured" not in done.err
 
 
 def test_only_the_named_tasks_are_collected(cli: Cli, tmp_path: Path) -> None:
@@ -551,8 +553,6 @@ def test_ctrl_c_while_validation_rows_are_scored_loses_nothing(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes], call: int
 ) -> None:
     """Three jobs score three times: the third time ends them, and what comes between a step and its score must be done again."""
-    for name in ("ACC", "Classification-F1", "EM", "QA-F1"):
-        monkeypatch.setitem(METRICS, name, METRICS[name])
     counted = raise_at(call, lambda score: score)
     for name, metric in list(METRICS.items()):
         monkeypatch.setitem(METRICS, name, lambda p, r, metric=metric: counted(metric(p, r)))
@@ -715,8 +715,8 @@ def test_each_help_says_what_the_command_does_and_shows_an_example_that_parses(c
     assert example.split()[0] == command
     for option in re.findall(r"--[\w-]+", example):
         assert option in text.replace(example, "")
-    assert "--backbone" in text and "--cache" in text
-    assert len(re.findall(r"--[\w-]+", text)) > 10
+    typer.main.get_command(ipt.app).commands[command].make_context(command, shlex.split(example)[1:])  # type: ignore[attr-defined]
+    assert ("--backbone" in text or command == "cache") and "--cache" in text
 
 
 def test_the_help_tells_the_defaults_on_the_testbed_and_elsewhere() -> None:

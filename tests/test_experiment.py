@@ -155,8 +155,9 @@ def test_budgets_that_cannot_be_read_are_found_out_again(x: Experiment, build: B
     x.remember_budgets()
     (file,) = x.store.folder.glob("budgets/*")
     file.write_text(content)
-    again = build()
+    again, fresh = build(), build().backbone
     assert again.store.folder == x.store.folder
+    assert (again.backbone.budget, again.backbone.answer_budget) == (fresh.budget, fresh.answer_budget)
 
 
 # --- Descriptions --------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def test_files_of_another_initial_text_are_not_used_and_that_is_said(x: Experime
     assert not torch.equal(x.prompt_space.initial_prompt, other.prompt_space.initial_prompt)
 
 
-def test_tries_are_a_choice_each_from_its_own_start_and_a_solved_task_needs_no_other(build: Build) -> None:
+def test_tries_are_a_choice_vectors_each_from_its_own_start_and_a_solved_task_needs_no_other(build: Build) -> None:
     x, once = build(learning_rate=[0.1, 0.3], vector_learning_rate=[0.2], tries=3), build(learning_rate=[0.1, 0.3])
     (choice,) = x.soft_prompts(["mood-good"]).values()
     assert [(r.header["learning_rate"], r.header.get("try")) for r in choice] == [
@@ -257,6 +258,8 @@ def test_tries_are_a_choice_each_from_its_own_start_and_a_solved_task_needs_no_o
         == len({str(job) for job in jobs})
         == 3
     )
+    again = [job_of(x, result, x.prompt_space) for result in choice[:3]]  # prompts: their rows in another order alone
+    assert not any(job.theta.any() for job in again) and len({job.order for job in again}) == 3
     for result, validation in zip(choice[:3], (0.5, 1.0, 1.0), strict=True):
         save(x, [result], {"soft_prompt": made_up(x)["mood-good"]}, validation=validation)
     assert x.store.missing(choice) == [] and x.store.best(choice)[0] is choice[1]

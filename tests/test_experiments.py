@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 from test_causal import save_model
 
 from intrinsic_prompt_tuning import Experiment
@@ -113,9 +116,43 @@ def test_the_testbed_tells_what_is_above_what_over_seeds(
     testbed.seeds(tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("prompt tuning  n ") == 3 and printed.index("mean +- standard deviation") > 0
-    above = [line for line in printed.splitlines() if "random 4 over low-rank 250" in line]
-    assert [line.split(":")[0] for line in above] == ["T_train_diff(IST)", "T_test(IST)"]
-    assert above[0].endswith("(n=3)") and above[1].endswith("(n=2)")
+    above = [line.split() for line in printed.splitlines() if line.startswith("random 4 ")]
+    assert [(line[2:-3], line[-3]) for line in above] == [
+        (["low-rank", "250"], "3"), (["prompt", "tuning"], "3"), (["low-rank", "250"], "2"), (["prompt", "tuning"], "2"),
+    ]  # fmt: skip
+
+
+def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    testbed = script("testbed")
+    usual, kept = testbed.experiment, list[str]()
+
+    def small(cache: Path, **given: Any) -> Experiment:
+        x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4, **given)
+        if not given:
+            composed = [task for task in x.roles if not x.task(task).pretrained]
+            kept[:] = composed[:4]
+        x.restrict(kept)
+        return x
+
+    monkeypatch.setattr(testbed, "experiment", small)
+    monkeypatch.setattr(testbed, "FOLD_SPACES", (("subspace", 4), ("low-rank", 250)))
+    testbed.folds(tmp_path)
+    printed = capsys.readouterr().out
+    pooled = printed[printed.rindex("way ") :]
+    last = printed[printed.rindex("over tasks") : printed.rindex("way ")]
+    ways = {line.rpartition(" 4 ")[0].strip() for line in last.splitlines() if " 4 " in line}
+    assert any("subspace 4 nearest" in way for way in ways) and any("prompt 3072 nearest" in way for way in ways), last
+    assert pooled.count("prompt tuning") == len([line for line in last.splitlines() if "[" in line]) - 1
+    unseen = [set(yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"]) for file in sorted(tmp_path.glob("fold-*.yaml"))]
+    assert sorted(task for fold in unseen for task in fold) == sorted(kept) and len(unseen) == 4
+
+
+def test_every_part_of_the_testbed_s_script_is_told() -> None:
+    parts = set(re.findall(r"testbed\.py (\w+) --cache", (EXPERIMENTS / "testbed.py").read_text(encoding="utf-8")))
+    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    assert parts <= set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^#.*|.*`longer`.*", text, re.MULTILINE))))
 
 
 def test_mean_scores_are_of_one_space_and_over_runs() -> None:

@@ -173,13 +173,7 @@ def test_a_path_that_is_something_else_is_named(
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     (tmp_path / "folder").mkdir()
     (tmp_path / "bytes").write_bytes(b"\xff\n")
-    places = {
-        "BYTES": tmp_path / "bytes",
-        "FILE": tmp_path / "file",
-        "FOLDER": tmp_path / "folder",
-        "NOWHERE": tmp_path / "nowhere",
-        "LONG": "x" * 5000,
-    }
+    places = {"BYTES": tmp_path / "bytes", "FILE": tmp_path / "file", "FOLDER": tmp_path / "folder", "LONG": "x" * 5000}
     result = cli(command, *(places.get(option, option) for option in options))
     expected = [word.replace("FILE", str(places["FILE"])).replace("FOLDER", str(places["FOLDER"])) for word in words]
     one_error(result, *expected)

@@ -411,11 +411,3 @@ def test_a_sample_that_version_2_kept_is_read(tmp_path: Path) -> None:
     assert kept(old, folder).sample(100, 1, 2) == Sample(rows[:1], rows[1:], rows)
     with pytest.raises(IptError, match="drawn anew"):
         kept(old, folder).sample(13, 1, 2)
-
-
-def test_a_k_with_train_and_without_dev_rows_is_not_there(tmp_path: Path) -> None:
-    for k in (16, 32):
-        write_files(tmp_path, "kilt_nq", "PART\ta\n", k=k)
-    (tmp_path / "kilt_nq" / "kilt_nq_32_13_dev.tsv").unlink()
-    with pytest.raises(IptError, match="has no files of K 32 for data seed 13; the folder has 16: name one with --shots"):
-        found(tmp_path, "kilt_nq").sample(13, 32, None)

@@ -22,14 +22,6 @@ RUN = (
     "run", "--steps", "2", "--evaluations", "1", "--subspace-steps", "2", "--test-rows", "4", "--dim", "2", "--processes", "1",
     "--prompt-length", "1", "--shots", "2",
 )  # fmt: skip
-"""Run by Python itself before any program."""
-RUN = (
-    "run", "--steps", "2", "--evaluations", "1", "--subspace-steps", "2", "--test-rows", "4", "--dim", "2", "--processes", "1",
-    "--prompt-length", "1", "--shots", "2",
-)  # fmt: skip
-QUICK = (
-    "run", "--quick", "--steps", "2", "--evaluations", "1", "--subspace-steps", "2", "--test-rows", "4", "--dim", "2", "--processes", "1",
-)  # fmt: skip
 
 
 def noted(program: list[str], folder: Path) -> tuple[list[str], subprocess.CompletedProcess[str]]:

@@ -14,7 +14,7 @@ from conftest import Result, files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.ranks import own_share, run_in_processes
+from intrinsic_prompt_tuning.ranks import n_processes, own_share, run_in_processes
 
 RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
 DIES = """
@@ -127,3 +127,13 @@ def test_shares_are_disjoint_whole_and_even(monkeypatch: pytest.MonkeyPatch, ran
         shares.append(own_share(costs))
     assert sorted(piece for share in shares for piece in share) == list(range(len(costs)))
     assert max(sum(costs[piece] for piece in share) for share in shares) <= 27 / ranks + 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "small", "count"), [(1, True, 1), (3, True, 3), (64, True, 4), (64, False, 1), (None, True, 1)]
+)
+def test_by_default_the_testbed_has_a_process_per_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, small: bool, count: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert n_processes(small) == count

@@ -26,7 +26,6 @@ MOST_BYTES = 8_000_000
 
 ROOT = Path(ipt.__file__).resolve().parent
 WEIGHTS = TESTBED_FOLDER / "model.safetensors"
-needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"the backbone is not there: {WEIGHTS}")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +161,6 @@ def test_partial_answers_stand_at_the_words_that_complete_or_combine(maker: Modu
 # --- The backbone --------------------------------------------------------------------------------
 
 
-@needs_weights
 def test_what_ships_is_a_few_megabytes_of_plain_files() -> None:
     files = [path for path in WEIGHTS.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MOST_BYTES
@@ -175,13 +173,11 @@ def backbone() -> Backbone:
     return load_backbone(TESTBED, device="cpu")
 
 
-@needs_weights
 def test_the_backbone_is_a_t5_of_about_a_million_parameters(backbone: Backbone) -> None:
     assert backbone.model.config.model_type == "t5"
     assert 5e5 < sum(weight.numel() for weight in backbone.model.parameters()) < 2e6
 
 
-@needs_weights
 def test_the_tokenizer_knows_every_word_of_the_world(backbone: Backbone, tasks: dict[str, Task]) -> None:
     unknown = backbone.tokenizer.unk_token_id
     for name, task in tasks.items():
@@ -194,7 +190,6 @@ def test_the_tokenizer_knows_every_word_of_the_world(backbone: Backbone, tasks: 
             assert backbone.tokenizer.convert_tokens_to_ids(word) != unknown
 
 
-@needs_weights
 @pytest.mark.parametrize("part", LEAST_BY_INSTRUCTION)
 def test_the_backbone_answers_questions_in_words(
     backbone: Backbone, maker: ModuleType, world: World, held_out: Any, part: str

@@ -24,7 +24,7 @@ import itertools
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -47,7 +47,10 @@ from intrinsic_prompt_tuning.tuning import minibatch, outcome
 OTHER_SEED = 21
 FINE_TUNED_BATCH = 4
 DIMS = (250, 10, 50, 100, 25, 5)
-SEEDS_SPACES: tuple[tuple[SpaceKind, int], ...] = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
+Spaces = tuple[tuple[SpaceKind, int], ...]
+SEEDS_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
+FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99))
+"""With low-rank prompts of a rank above one, and all that is linear in 100 prompts."""
 
 
 def experiment(cache: Path, **given: Any) -> Experiment:
@@ -118,13 +121,10 @@ def seeds(cache: Path) -> None:
         reports.append(measure(x, prompts, spaces, seen=x.named("seen"), other_seed=other_seed))
     ipt.echo(spread_text(spread(reports)))
     for quantity in ("T_train_diff(IST)", "T_test(IST)"):
-        scores = {space: mean_scores(reports, quantity, *space) for space in SEEDS_SPACES}
-        for one, other in itertools.combinations(SEEDS_SPACES, 2):
-            more = [scores[one][task] - scores[other][task] for task in scores[one]]
-            ipt.echo(
-                f"{quantity}: {one[0]} {one[1]} over {other[0]} {other[1]}: {fmean(more):+.3f} a task, "
-                f"standard error {stdev(more) / len(more) ** 0.5:.3f} (n={len(more)})"
-            )
+        scores = {f"{space} {dim}": mean_scores(reports, quantity, space, dim) for space, dim in SEEDS_SPACES}
+        own, tuned = next(iter(scores.values())), mean_scores(reports, "prompt tuning", None, None)
+        scores["prompt tuning"] = {task: tuned[task] for task in own}
+        ipt.echo(f"{quantity}, means over the runs\n\n{pairs_text(scores)}")
 
 
 def folds(cache: Path) -> None:
@@ -139,7 +139,7 @@ def folds(cache: Path) -> None:
         x = experiment(cache, split=str(file))
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
-        spaces = [x.subspace(kind, dim, collection) for kind, dim in SEEDS_SPACES]
+        spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
         x.make([*every(prompts.values()), *spaces])
         near = from_nearest(x, x.scores(prompts, spaces, []), x.soft_prompts(unseen).values())
         for space in spaces:
@@ -193,14 +193,19 @@ def pooled_text(told: Sequence[dict[str, Any]]) -> str:
             f"{figures[name]:.3f} [{figures[f'{name}_low']:.3f} {figures[f'{name}_high']:.3f}]" for name in ("e_rel", "gain")
         )])  # fmt: skip
     text = table_text("way|n|mean score|over tasks|E_rel|gain", lines)
+    return text + pairs_text(by_way)
+
+
+def pairs_text(by_way: Mapping[str, Mapping[str, float]]) -> str:
+    """Write how much each way scores above each other one, task by task."""
     pairs = []
     for one, other in itertools.combinations(by_way, 2):
-        more = [by_way[one][task] - by_way[other][task] for task in by_way[one]]
-        pairs.append([one, other, f"{fmean(more):+.3f}", stdev(more) / len(more) ** 0.5])
-    return text + table_text("way|over|difference|standard error", pairs)
+        more = [score - by_way[other][task] for task, score in by_way[one].items()]
+        pairs.append([one, other, len(more), f"{fmean(more):+.3f}", stdev(more) / len(more) ** 0.5])
+    return table_text("way|over|n|difference|standard error", pairs)
 
 
-def mean_scores(reports: Sequence[dict[str, Any]], quantity: str, space: str, dim: int) -> dict[str, float]:
+def mean_scores(reports: Sequence[dict[str, Any]], quantity: str, space: str | None, dim: int | None) -> dict[str, float]:
     """Return each task's test score in a space, its mean over runs."""
     found = defaultdict[str, list[float]](list)
     for report in reports:
