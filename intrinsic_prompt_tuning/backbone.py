@@ -18,7 +18,7 @@ from intrinsic_prompt_tuning.causal import Causal, PromptAt
 from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.layout import Layout, causal_layout
 from intrinsic_prompt_tuning.lazy import torch, transformers
-from intrinsic_prompt_tuning.passes import IGNORE, Budget, first_budgets, to_device
+from intrinsic_prompt_tuning.passes import Budget, first_budgets, to_device
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
 from intrinsic_prompt_tuning.settings import TESTBED
 from intrinsic_prompt_tuning.tasks import Example
@@ -26,6 +26,8 @@ from intrinsic_prompt_tuning.tasks import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
+Text = tuple[int, tuple[int, ...]]
+"""The number of a row in a pass, and the tokens of an answer to it."""
 Decoding = Literal["options", "generate"]
 Precision = Literal["auto", "fp32", "bf16"]
 TESTBED_FOLDER = Path(__file__).with_name("testbed")
@@ -63,36 +65,27 @@ class Answer:
     """Minus the log-likelihood of each option, where the most likely one was chosen."""
 
 
-LanguageModel = Seq2Seq | Causal
-"""A frozen model of transformers, and how rows go through it."""
-
-
+@dataclass(eq=False, kw_only=True)
 class Backbone:
     """A frozen language model, its tokenizer, and how much goes through it at once."""
 
-    def __init__(
-        self,
-        name: str,
-        lm: LanguageModel,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        budgets: tuple[Budget, Budget],
-        layout: Layout | None = None,
-    ) -> None:
-        """Put together what `load_backbone` has loaded.
+    name: str
+    """For messages."""
+    lm: Seq2Seq | Causal
+    """A model of transformers, and how rows go through it."""
+    layout: Layout
+    """How text becomes tokens."""
+    max_length: int
+    """Tokens of prompt and input together."""
+    budget: Budget
+    """Of passes forward and backward."""
+    answer_budget: Budget
+    """Of passes forward only, which keep no activations."""
 
-        Args:
-            name: for messages.
-            lm: the model, and how rows go through it.
-            tokenizer: of transformers.
-            layout: how text becomes tokens; without it an encoder-decoder's.
-            max_length: tokens of prompt and input together.
-            budgets: of passes forward and backward, and of those forward only, which keep no activations.
-        """
-        self.name, self.lm, self.tokenizer, self.max_length = name, lm, tokenizer, max_length
-        self.layout = layout or Layout(tokenizer)
-        self.budget, self.answer_budget = budgets
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        return self.layout.tokenizer
 
     @property
     def model(self) -> Any:
@@ -129,7 +122,11 @@ class Backbone:
         """A digest that changes with the architecture, any weight, and the tokenizer, its behaviour included."""
         about = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
-        rules = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
+        rules = (
+            self.tokenizer.backend_tokenizer.to_str()
+            if self.tokenizer.is_fast
+            else repr(self.tokenizer).replace(repr(self.tokenizer.name_or_path), "")
+        )
         chat = [[self.layout.before, self.layout.after, self.layout.end]] if self.chat else []
         about_all = [self.tokenizer.get_vocab(), rules, config, *chat]
         digest = hashlib.sha256(json.dumps(about_all, sort_keys=True, default=str).encode())
@@ -141,9 +138,11 @@ class Backbone:
     @cached_property
     def embedding_rms(self) -> float:
         """The root mean square of the embeddings as the model gets them: about 10 for T5, 0.02 for BART."""
+        embed = self.model.get_input_embeddings()
+        pieces = torch.arange(embed.weight.shape[0], device=self.device).split(1 << 14)  # a copy of all may take gigabytes
         with torch.no_grad():
-            ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)
-            return float(self.model.get_input_embeddings()(ids).float().pow(2).mean().sqrt())
+            squares = [len(ids) * float(embed(ids).float().pow(2).mean()) for ids in pieces]
+        return float(torch.tensor(sum(squares) / embed.weight.shape[0]).sqrt())
 
     def initial_prompt(self, prompt_length: int, seed: int, text: str = "") -> Tensor:
         """Return the start that all tasks share: embeddings of a text, repeated, or of random words: (prompt_length, hidden).
@@ -195,15 +194,12 @@ class Backbone:
         Raises:
             IptError: the prompt leaves no room for any input.
         """
-        texts = sorted({text for e in examples for text in (*e.answers, *e.options)})
-        ids = dict(zip(texts, self.layout.answers(texts), strict=True))
-        most = self.positions
-        if most and isinstance(self.lm, Causal):  # answers share them with inputs
-            most //= 2
-        if most:
-            ids = {text: own if len(own) <= most else own[: most - 1] + own[-1:] for text, own in ids.items()}
-        limit = answer_limit or max((len(ids[text]) for e in examples for text in e.answers), default=1)
-        limit = min(limit, most or limit)
+        texts, most = sorted({text for e in examples for text in (*e.answers, *e.options)}), self.max_length
+        if isinstance(self.lm, Causal) and self.positions:  # answers share them with inputs
+            most = min(most, self.positions // 2)
+        answers = [own if len(own) <= most else [*own[: most - 1], own[-1]] for own in self.layout.answers(texts)]
+        ids = dict(zip(texts, answers, strict=True))
+        limit = min(most, answer_limit or max((len(ids[text]) for e in examples for text in e.answers), default=1))
         room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
         # Of text far beyond the room only the ends are looked at, so only they need to become tokens.
         end = 64 * room
@@ -242,43 +238,34 @@ class Backbone:
         answers: dict[int, Answer] = {}
 
         def work(numbers: list[int]) -> None:
-            chunk = [rows[n][1] for n in numbers]
-            begun: Any = self.lm.begin(
-                soft_prompts[to_device([rows[n][0] for n in numbers], self.device)], [e.input_ids for e in chunk]
-            )
-            choosing = [i for i, e in enumerate(chunk) if e.option_ids and decoding == "options"]
-            writing = [i for i in range(len(chunk)) if decoding and i not in choosing]
+            chunk, at = [rows[n][1] for n in numbers], to_device([rows[n][0] for n in numbers], self.device)
+            begun: Any = self.lm.begin(soft_prompts[at], [e.input_ids for e in chunk])
+            options = [e.option_ids if decoding == "options" else [] for e in chunk]
+            writing = [i for i, own in enumerate(options) if decoding and not own]
             written = self.lm.generate(begun, writing, [chunk[i].answer_limit for i in writing]) if writing else []
             said = dict(zip(writing, self.layout.text(written), strict=True))
-            wanted = [(i, e.target_ids) for i, e in enumerate(chunk) if losses]
-            wanted += [(i, option) for i in choosing for option in chunk[i].option_ids]
             # An option that is the right answer, as one is, need not be scored twice.
-            texts = list(dict.fromkeys((i, tuple(text)) for i, text in wanted))
-            loss_of = dict(zip(texts, self._text_losses(begun, texts, soft_prompts.shape[1] + len(chunk[0])), strict=True))
-            scored = dict[int, tuple[float, ...]]()
-            for i in choosing:
-                scored[i] = tuple(loss_of[i, tuple(option)] for option in chunk[i].option_ids)
-                if not losses and any(map(math.isnan, scored[i])):
-                    raise IptError(f"nan: no option of '{chunk[i].example.input[:60]}' is the most likely; use --precision fp32")
-                said[i] = chunk[i].example.options[scored[i].index(min(scored[i]))]
-            for i, n in enumerate(numbers):
-                target = tuple(chunk[i].target_ids)
-                answers[n] = Answer(said.get(i, ""), loss_of[i, target] / len(target) if losses else math.nan, scored.get(i, ()))
+            wanted = [(i, tuple(text)) for i, e in enumerate(chunk) for text in [e.target_ids] * losses + options[i]]
+            loss_of = self._text_losses(begun, list(dict.fromkeys(wanted)), soft_prompts.shape[1] + len(chunk[0]))
+            for i, (n, e) in enumerate(zip(numbers, chunk, strict=True)):
+                scored = tuple(loss_of[i, tuple(option)] for option in options[i])
+                if not losses and any(map(math.isnan, scored)):
+                    raise IptError(f"nan: no option of '{e.example.input[:60]}' is the most likely; use --precision fp32")
+                text = e.example.options[scored.index(min(scored))] if scored else said.get(i, "")
+                loss = loss_of[i, tuple(e.target_ids)] / len(e.target_ids) if losses else math.nan
+                answers[n] = Answer(text, loss, scored)
 
         with torch.inference_mode():
             self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
 
-    def _text_losses(self, begun: Any, texts: Sequence[tuple[int, tuple[int, ...]]], width: int) -> list[float]:
+    def _text_losses(self, begun: Any, texts: Sequence[Text], width: int) -> dict[Text, float]:
         """Return the losses of (row, text), in pieces: each text brings a copy of its row's states, so many tokens wide."""
-        losses = [0.0] * len(texts)
-        size = max(1, 4 * self.answer_budget.tokens // width)
+        losses, size = dict[Text, float](), max(1, 4 * self.answer_budget.tokens // width)
         for group in self.answer_budget.groups([(len(text),) for _, text in texts]):
             for start in range(0, len(group), size):
-                piece = group[start : start + size]
-                found = self.lm.text_losses(begun, [texts[n][0] for n in piece], [list(texts[n][1]) for n in piece])
-                for n, loss in zip(piece, found.tolist(), strict=True):
-                    losses[n] = loss
+                piece = [texts[n] for n in group[start : start + size]]
+                losses |= zip(piece, self.lm.text_losses(begun, *zip(*piece, strict=True)).tolist(), strict=True)
         return losses
 
 
@@ -319,22 +306,24 @@ def load_backbone(
     special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     model.generation_config = transformers.GenerationConfig(**{name: getattr(model.config, name, None) for name in special})
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    about: dict[str, Any] = {"max_length": min(max_length, positions), "budgets": first_budgets(where)}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    lm: Seq2Seq | Causal
     if model.config.is_encoder_decoder:
         if prompt_at == "end" or chat:
             asked = "--prompt-at end" if prompt_at == "end" else "--chat"
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
         if not compiled and model._supports_sdpa:
             share_position_bias(model)
-        backbone = Backbone(name, Seq2Seq(model, padding), tokenizer, **about)
+        layout, lm = Layout(tokenizer), Seq2Seq(model)
     else:
         if half and where.type == "cpu":
             # torch's own kernel takes five times as long backward (2.13, AVX512-BF16), a step a third longer.
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
-        lm = Causal(model, padding if padding is not None else layout.end, prompt_at or "end", end=layout.end)
-        backbone = Backbone(name, lm, tokenizer, layout=layout, **about)
+        lm = Causal(model, prompt_at or "end", end=layout.end)
+    budget, answer_budget = first_budgets(where)
+    backbone = Backbone(
+        name=name, lm=lm, layout=layout, max_length=min(max_length, positions), budget=budget, answer_budget=answer_budget
+    )
     check_backbone(backbone)
     if compiled:
         for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,):
@@ -384,6 +373,8 @@ def check_backbone(backbone: Backbone) -> None:
     try:
         (row,) = backbone.encode([example], prompt_length=0)
         ids, target = (torch.tensor([ids], device=backbone.device) for ids in (row.input_ids, row.target_ids))
+        if shift := getattr(model, "prepare_decoder_input_ids_from_labels", None):  # mBART's labels end in the start
+            model.generation_config.decoder_start_token_id = int(shift(labels=target)[0, 0])
         # Two of the input's own tokens as its prompt, and beside it a longer row, for which it is padded.
         front = backbone.prompt_at == "front"
         taken, rest = (slice(2), row.input_ids[2:]) if front else (slice(-2, None), row.input_ids[:-2])
@@ -394,12 +385,9 @@ def check_backbone(backbone: Backbone) -> None:
         ours = [float(loss) / len(row.target_ids) for loss in (found[0][0], *found[1][:2])]
         with torch.no_grad():
             if isinstance(backbone.lm, Seq2Seq):
-                # What is generated starts as what is trained (mBART's labels end in the start).
-                start = model.prepare_decoder_input_ids_from_labels(labels=target)[0, 0]
-                model.generation_config.decoder_start_token_id = int(start)
                 theirs = float(model(input_ids=ids, labels=target).loss)
             else:
-                labels = torch.cat([torch.full_like(ids, IGNORE), target], dim=1)
+                labels = torch.cat([torch.full_like(ids, -100), target], dim=1)
                 theirs = float(model(input_ids=torch.cat([ids, target], dim=1), labels=labels).loss)
     except Exception as error:  # whatever a family of models does that this program does not know
         reason = short(f"{type(error).__name__}: {error}", 200)

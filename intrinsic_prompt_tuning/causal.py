@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.lazy import np, torch, transformers
-from intrinsic_prompt_tuning.passes import available_memory, padded, to_device
+from intrinsic_prompt_tuning.passes import available_memory, only, padded, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,16 +31,16 @@ class Done:
     """(rows, vocabulary), of the first token that follows."""
     cache: Any
     """Keys and values of prompt and input."""
-    mask: Tensor
-    """(rows, length): which of them are real."""
+    real: np.ndarray
+    """(rows, length): which of them are."""
 
     def of(self, rows: Sequence[int]) -> Done:
         """Return some rows, perhaps several times; what follows in one is not seen in another."""
-        at = to_device(rows, self.mask.device)
+        at = to_device(rows, self.logits.device)
         chosen = transformers.DynamicCache()
         for number, layer in enumerate(self.cache.layers):
             chosen.update(layer.keys[at], layer.values[at], number)
-        return Done(self.logits[at], chosen, self.mask[at])
+        return Done(self.logits[at], chosen, self.real[list(rows)])
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,19 @@ class Begun:
         """Prompt and input, run on their own."""
         embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
         logits = self.lm.logits(embeddings, real, cache, before, np.arange(1, len(real) + 1) * real.shape[1] - 1)
-        return Done(logits, cache, to_device(np.concatenate([before, real], axis=1), embeddings.device))
+        return Done(logits, cache, np.concatenate([before, real], axis=1))
 
 
 class Causal:
     """A frozen causal model of transformers, and how rows go through it."""
 
-    def __init__(
-        self, model: Any, pad_token_id: int, prompt_at: PromptAt = "front", *, end: int, memory: float | None = None
-    ) -> None:
-        """Take a model.
-
-        Args:
-            model: of transformers.
-            pad_token_id: what fills rows up; it is never seen.
-            prompt_at: in front of the input or behind it.
-            end: the token that ends an answer.
-            memory: bytes that inputs may keep, when the prompt is behind; without it a quarter of what is free.
-        """
-        self.model, self.pad_token_id, self.prompt_at, self.end = model, pad_token_id, prompt_at, end
+    def __init__(self, model: Any, prompt_at: PromptAt, *, end: int) -> None:
+        """Take a model of transformers, where the prompt stands, and the token that ends an answer."""
+        self.model, self.prompt_at, self.end = model, prompt_at, end
         # Versions of transformers differ in the name.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self.memory = available_memory(model.device) / 4 if memory is None else memory
+        self.memory = available_memory(model.device) / 4
+        """Bytes that inputs may keep, when the prompt is behind."""
         self.kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         """Of each input: keys and values of all layers, side by side: (length, features)."""
         self._kept_bytes = 0
@@ -95,7 +86,7 @@ class Causal:
         if self.prompt_at == "end" and prompt_length:
             cache, before = self._inputs_once(input_ids)
             return soft_prompts.to(self.model.dtype), np.ones((n_rows, prompt_length), dtype=bool), cache, before
-        ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
+        ids, real = padded(input_ids, self.model.device, before=prompt_length)
         embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
         real = np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True)
         # Padding to the front: windows and biases that count by place see prompt, input and text side by side.
@@ -105,28 +96,15 @@ class Causal:
         embeddings = embeddings.flatten(0, 1).index_select(0, at).unflatten(0, (n_rows, width))
         return embeddings, np.take_along_axis(real, turned, 1), transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool)
 
-    def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray | Tensor, flat: np.ndarray) -> Tensor:
+    def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
-        device = embeddings.device
-        earlier = before if torch.is_tensor(before) else to_device(before, device)
-        mask = torch.cat([earlier, to_device(real, device)], dim=1)
-        positions = earlier.sum(1, keepdim=True) + to_device(np.maximum(real.cumsum(1) - 1, 0), device)
-        at = to_device(flat, device)
-        head = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, states: (states[0].flatten(0, 1).index_select(0, at),)
-        )
-        try:
-            out = self.model(
-                inputs_embeds=embeddings,
-                attention_mask=mask.long(),
-                position_ids=positions,
-                use_cache=True,
-                **{self._cache_name: cache},
-            )
-            logits: Tensor = out.logits.float()
-            return logits
-        finally:
-            head.remove()
+        mask = np.concatenate([before, real], axis=1).astype(np.int64)
+        places = before.sum(1, keepdims=True) + np.maximum(real.cumsum(1) - 1, 0)
+        about = {"attention_mask": to_device(mask, embeddings.device), "position_ids": to_device(places, embeddings.device)}
+        with only(self.model, to_device(flat, embeddings.device)):
+            out = self.model(inputs_embeds=embeddings, use_cache=True, **about, **{self._cache_name: cache})
+        logits: Tensor = out.logits.float()
+        return logits
 
     def _inputs_once(self, input_ids: Sequence[list[int]]) -> tuple[Any, np.ndarray]:
         """Return a cache of inputs, each of which goes through the model once if memory keeps it; and what is real of it."""
@@ -134,7 +112,11 @@ class Causal:
         missing = [key for key in dict.fromkeys(keys) if key not in self.kept]
         rows = {key: self.kept[key] for key in keys if key in self.kept} | (self._run_inputs(missing) if missing else {})
         for key in keys:
-            self._keep(key, rows[key])
+            self._kept_bytes += 0 if key in self.kept else rows[key].nbytes
+            self.kept[key] = rows[key]
+            self.kept.move_to_end(key)
+        while self._kept_bytes > self.memory:  # what was used the longest ago goes
+            self._kept_bytes -= self.kept.popitem(last=False)[1].nbytes
         lengths = [len(key) for key in keys]
         real = np.arange(max(lengths), 0, -1) <= np.array(lengths)[:, None]
         # One tensor a row: a GPU would wait for the host if each row had one for each layer.
@@ -147,7 +129,7 @@ class Causal:
         return cache, real
 
     def _run_inputs(self, inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-        ids, real = padded(inputs, self.pad_token_id, self.model.device)
+        ids, real = padded(inputs, self.model.device)
         cache: Any = transformers.DynamicCache()
         with torch.no_grad():
             nothing = np.zeros((len(inputs), 0), dtype=bool)
@@ -157,16 +139,6 @@ class Causal:
         together = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2)
         return {key: together[i, : len(key)].clone() for i, key in enumerate(inputs)}
 
-    def _keep(self, key: tuple[int, ...], row: Tensor) -> None:
-        """Remember an input, and forget the one that was used the longest ago when memory is full."""
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return
-        self.kept[key] = row
-        self._kept_bytes += row.nbytes
-        while self._kept_bytes > self.memory:
-            self._kept_bytes -= self.kept.popitem(last=False)[1].nbytes
-
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
         """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
 
@@ -175,7 +147,7 @@ class Causal:
             rows: which row each text is behind.
             texts: their tokens.
         """
-        tokens, said = padded(texts, 0, self.model.device)  # (texts, length)
+        tokens, said = padded(texts, self.model.device)  # (texts, length)
         following = self.model.get_input_embeddings()(tokens[:, :-1])
         if "done" not in vars(begun) and list(rows) == list(range(len(begun.input_ids))):
             embeddings, real, cache, before = self.embedded(begun.soft_prompts, begun.input_ids)
@@ -187,14 +159,12 @@ class Causal:
             losses, of = torch.zeros(len(texts), device=tokens.device), np.nonzero(said)[0]
         else:
             behind = begun.done.of(rows)
-            losses, of = (
-                torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none"),
-                np.nonzero(said[:, 1:])[0],
-            )
+            losses = torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none")
+            flat, of = np.flatnonzero(said[:, 1:]), np.nonzero(said[:, 1:])[0]
             if not len(of):
                 return losses
-            logits = self.logits(following, said[:, :-1], behind.cache, behind.mask, np.flatnonzero(said[:, 1:]))
-            wanted = tokens[:, 1:].flatten().index_select(0, to_device(np.flatnonzero(said[:, 1:]), tokens.device))
+            logits = self.logits(following, said[:, :-1], behind.cache, behind.real, flat)
+            wanted = tokens[:, 1:].flatten().index_select(0, to_device(flat, tokens.device))
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         return losses.index_add(0, to_device(of, tokens.device), each)
 
@@ -204,7 +174,7 @@ class Causal:
         Not transformers' `generate`, which follows what the backbone was saved with and wants padding on the left.
         """
         behind = begun.done.of(rows)
-        mask, logits, tokens = behind.mask, behind.logits, [list[int]() for _ in rows]
+        real, logits, tokens = behind.real, behind.logits, [list[int]() for _ in rows]
         going = np.ones((len(rows), 1), dtype=bool)
         while going.any():
             following = logits.argmax(-1)
@@ -213,6 +183,6 @@ class Causal:
                 going[row] &= token != self.end and len(tokens[row]) < limits[row]
             if going.any():  # what has ended takes no place more: a model may have no positions for it
                 embeddings = self.model.get_input_embeddings()(following[:, None])
-                logits = self.logits(embeddings, going, behind.cache, mask, np.arange(len(rows)))
-                mask = torch.cat([mask, to_device(going, mask.device)], dim=1)
+                logits = self.logits(embeddings, going, behind.cache, real, np.arange(len(rows)))
+                real = np.concatenate([real, going], axis=1)
         return tokens

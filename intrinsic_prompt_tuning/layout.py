@@ -40,7 +40,7 @@ class Layout:
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as text."""
-        return list(self.tokenizer.batch_decode(written, skip_special_tokens=True)) if written else []
+        return list(self.tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
     day = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
     try:
         template = day + tokenizer.get_chat_template()
-        asked = tokenizer.apply_chat_template(turns[:1], chat_template=template, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        manner: Any = {"chat_template": template, "tokenize": False, "enable_thinking": False}
+        asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **manner)
+        whole = tokenizer.apply_chat_template(turns, **manner)
         before, after = asked.split(mark)
         ending = tokenizer(whole.split(answer)[1], add_special_tokens=False).input_ids
     except Exception as error:  # a template is a program of its own

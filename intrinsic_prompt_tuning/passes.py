@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are filled up."""
-IGNORE = -100
-"""The label of a position that is padding, as in transformers."""
 
 
 @dataclass
@@ -144,24 +142,29 @@ def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
     )
 
 
+def only(model: Any, flat: Tensor) -> Any:
+    """Let only some positions of the flattened rows reach the vocabulary, the widest layer by far, while the result is open."""
+    return model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),)
+    )
+
+
 def to_device(values: Any, device: torch.device) -> Tensor:
     """Return numbers of the host as a tensor of the device, without waiting for what the device is at."""
     tensor = torch.as_tensor(np.asarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def padded(
-    rows: Sequence[Sequence[int]], value: int, device: torch.device, *, before: int = 0, least: int = 1
-) -> tuple[Tensor, np.ndarray]:
-    """Pad on the right; return ids on the device, and on the host which of them are real: (rows, width) both.
+def padded(rows: Sequence[Sequence[int]], device: torch.device, *, before: int = 0, least: int = 1) -> tuple[Tensor, np.ndarray]:
+    """Pad with 0 on the right; return ids on the device, and on the host which of them are real: (rows, width) both.
 
-    On a GPU, the width is such that it is a multiple of 8 together with what comes before: kernels want that, and there are few
-    widths to compile for.
+    No row sees what is not real, so any token would do. On a GPU, the width is such that it is a multiple of 8 together with
+    what comes before: kernels want that, and there are few widths to compile for.
     """
     width = max(least, *map(len, rows))
     if device.type == "cuda":
         width = -(-(before + width) // 8) * 8 - before
-    ids = np.full((len(rows), width), value)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
     return to_device(ids, device), np.arange(width) < np.array([[len(row)] for row in rows])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from intrinsic_prompt_tuning.lazy import np, torch, transformers
-from intrinsic_prompt_tuning.passes import FEW, IGNORE, padded, to_device
+from intrinsic_prompt_tuning.passes import FEW, only, padded, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,11 @@ class Begun:
     mask: Tensor
     """(rows, prompt_length + input_length), true where there is something."""
 
+    @property
+    def output(self) -> Any:
+        """The states as a decoder takes them."""
+        return transformers.modeling_outputs.BaseModelOutput(self.states)
+
     def of(self, rows: Sequence[int]) -> Begun:
         """Return some rows, perhaps several times."""
         if list(rows) == list(range(len(self.states))):
@@ -35,7 +40,6 @@ class Seq2Seq:
     """A frozen sequence-to-sequence model of transformers, and how rows go through it."""
 
     model: Any
-    pad_token_id: int
     prompt_at: Literal["front"] = "front"
 
     def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
@@ -46,7 +50,7 @@ class Seq2Seq:
             input_ids: one list a row; padded here on the right, which no row sees.
         """
         prompt_length = soft_prompts.shape[1]
-        ids, real = padded(input_ids, self.pad_token_id, self.model.device, before=prompt_length)
+        ids, real = padded(input_ids, self.model.device, before=prompt_length)
         inputs = self.model.get_input_embeddings()(ids)  # (rows, input_length, hidden)
         inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (rows, prompt_length + input_length, hidden)
         mask = to_device(np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True), self.model.device)
@@ -60,30 +64,25 @@ class Seq2Seq:
             rows: which row each text is behind.
             texts: their tokens.
         """
-        labels, real = padded(texts, IGNORE, self.model.device, least=FEW)  # (texts, length)
+        tokens, real = padded(texts, self.model.device, least=FEW)  # (texts, length)
+        start = self.model.generation_config.decoder_start_token_id
+        decoder_ids = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=start)
         # Found on the host: a device that is asked makes the host wait for it.
         own = np.flatnonzero(real)
         filled, rows_of = np.resize(own, max(FEW, len(own))), np.nonzero(real)[0]
         flat, of = (to_device(positions, self.model.device) for positions in (filled, rows_of))
-        behind, decoder_ids = begun.of(rows), self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        # Only the texts' own tokens reach the vocabulary, the widest layer by far.
-        head = self.model.lm_head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),))
-        try:
+        behind = begun.of(rows)
+        with only(self.model, flat):
             logits = self.model(
-                encoder_outputs=(behind.states,), attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
+                encoder_outputs=behind.output, attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
             ).logits  # (text tokens, filled up, vocabulary)
-        finally:
-            head.remove()
-        losses = torch.nn.functional.cross_entropy(logits.float(), labels.flatten().index_select(0, flat), reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits.float(), tokens.flatten().index_select(0, flat), reduction="none")
         return losses.new_zeros(len(texts)).index_add(0, of, losses[: len(own)])
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """Return greedily generated tokens of some rows, each at most so many."""
         behind = begun.of(rows)
-        written = self.model.generate(
-            encoder_outputs=transformers.modeling_outputs.BaseModelOutput(last_hidden_state=behind.states),
-            attention_mask=behind.mask, max_new_tokens=max(limits),
-        )  # fmt: skip
+        written = self.model.generate(encoder_outputs=behind.output, attention_mask=behind.mask, max_new_tokens=max(limits))
         # A row's own limit holds, so that no answer depends on the rows beside it. The first token is the decoder's start.
         return [row[1 : 1 + limit] for row, limit in zip(written.tolist(), limits, strict=True)]
 

@@ -6,6 +6,7 @@ Dimensions in comments: tasks (rows of theta), dim, prompt_length, hidden.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -63,7 +64,7 @@ class Job:
     """Of the experiment: likewise."""
     theta: Tensor
     """(dim,), float32: where it starts."""
-    rows: Callable[[], tuple[list[Encoded], list[Encoded]]]
+    rows: Callable[[], Sequence[list[Encoded]]]
     """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
     unfinished: Callable[[], Mapping[str, Tensor]] = dict
     """Returns the state at which the job goes on; called when it begins. Empty: at the start."""
@@ -101,7 +102,7 @@ class JobTable:
     def __init__(self, dim: int, device: torch.device) -> None:
         """Begin with no job; `dim` is the length of a row of theta."""
         self.jobs: list[Job] = []
-        self.rows: list[tuple[list[Encoded], list[Encoded]]] = []
+        self.rows: list[Sequence[list[Encoded]]] = []
         self.state = {name: torch.zeros(0, dim, device=device) for name in ("theta", "mean", "square", "best_theta")}
         # Losses stay on the device: reading them would make it wait for the host at every step.
         self.state |= {name: torch.zeros(0, device=device) for name in ("first_loss", "last_loss")}
@@ -122,11 +123,6 @@ class JobTable:
         """Return a way to read, at any later time, the states that the jobs have now: what `Job.unfinished` can give back."""
         jobs, state = list(self.jobs), dict(self.state)
         return lambda: {job: {name: table[i] for name, table in state.items()} for i, job in enumerate(jobs) if state["step"][i]}
-
-    @property
-    def row_lengths(self) -> float:
-        """The mean tokens of a training row without the prompt, summed over the jobs."""
-        return sum(sum(map(len, train)) / len(train) for train, _ in self.rows)
 
     def retain(self, which: Sequence[int]) -> None:
         """Drop all jobs but these."""
@@ -199,8 +195,8 @@ def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneCo
     """Tell whether one more job can be tuned beside those in the table."""
     if slots:
         return len(table.jobs) < slots
-    tokens = config.batch_size * (table.row_lengths + prompt_length * len(table.jobs))
-    return len(table.jobs) < 16 or tokens < 4 * budget.tokens
+    row_tokens = (prompt_length + sum(map(len, train)) / len(train) for train, _ in table.rows)
+    return len(table.jobs) < 16 or config.batch_size * sum(row_tokens) < 4 * budget.tokens
 
 
 def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
@@ -254,9 +250,14 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
 
 def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:
     """Return the row numbers of a step: without end through the rows, freshly shuffled each time; no state to save."""
-    wanted = range(step * size, (step + 1) * size)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(rows) for epoch in {n // rows for n in wanted}}
-    return [int(orders[n // rows][n % rows]) for n in wanted]
+    return [_order(rows, seed, n // rows)[n % rows] for n in range(step * size, (step + 1) * size)]
+
+
+@functools.lru_cache(1 << 12)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    """Return the rows of an epoch, freshly shuffled; kept, as a generator a job and step costs a hundredth of a run."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+    return order
 
 
 def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, config: TuneConfig) -> None:

@@ -43,7 +43,8 @@ from torch.utils.data import DataLoader
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.finding import SubspaceConfig, fit_subspaces
-from intrinsic_prompt_tuning.passes import IGNORE, Budget, padded
+from intrinsic_prompt_tuning.layout import Layout
+from intrinsic_prompt_tuning.passes import Budget, padded
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example
@@ -99,8 +100,11 @@ def make_engine(
     """Return what the engine works on: the backbone, the space of prompts, a table with a job per task, the settings."""
     device = next(model.parameters()).device
     tokens = budget or (1 << 10 if device.type == "cpu" else 1 << 15)
-    lm, tokenizer = Seq2Seq(model, pad_token_id=0), SimpleNamespace(pad_token_id=0)
-    backbone = Backbone("benchmark", lm, tokenizer, max_length=1 << 20, budgets=(Budget(tokens), Budget(tokens)))
+    model.generation_config.decoder_start_token_id = 0
+    lm, layout = Seq2Seq(model), Layout(SimpleNamespace(pad_token_id=0))
+    backbone = Backbone(
+        name="benchmark", lm=lm, layout=layout, max_length=1 << 20, budget=Budget(tokens), answer_budget=Budget(tokens)
+    )
     ids = torch.randint(5, model.config.vocab_size, (arguments.prompt_length,), device=device)
     with torch.no_grad():
         initial = model.get_input_embeddings()(ids).float()
@@ -132,8 +136,9 @@ def bare(side: tuple, steps: int) -> None:
         ]  # fmt: skip
 
         def work(numbers: list[int], rows: list[Encoded] = rows) -> None:
-            ids, real = padded([rows[n].input_ids for n in numbers], 0, backbone.device, before=len(prompt))
-            labels, _ = padded([rows[n].target_ids for n in numbers], IGNORE, backbone.device)
+            ids, real = padded([rows[n].input_ids for n in numbers], backbone.device, before=len(prompt))
+            targets, said = padded([rows[n].target_ids for n in numbers], backbone.device)
+            labels = targets.masked_fill(~torch.from_numpy(said).to(targets.device), -100)
             embeds = torch.cat([prompt.expand(len(ids), -1, -1), embed(ids)], dim=1).requires_grad_()
             mask = torch.cat([ids.new_ones(len(ids), len(prompt)), torch.from_numpy(real).to(ids)], dim=1)
             model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()

@@ -24,7 +24,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
-from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.layout import Layout
+from intrinsic_prompt_tuning.passes import Budget, first_budgets
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, minibatch, step
@@ -60,9 +60,8 @@ def make_rows(tasks: int, seed: int = 0) -> list[list[Encoded]]:
 def engine(
     model: torch.nn.Module, rows: list[list[Encoded]], at: PromptAt, batch_size: int
 ) -> tuple[Backbone, Space, JobTable, TuneConfig]:
-    lm = Causal(model, 0, at, end=1)
-    budgets = (Budget(1 << 10), Budget(1 << 11)) if model.device.type == "cpu" else (Budget(1 << 15), Budget(1 << 17))
-    backbone = Backbone("benchmark", lm, SimpleNamespace(pad_token_id=0), max_length=1 << 13, budgets=budgets)
+    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model.device)
+    backbone = Backbone(name="", lm=lm, layout=layout, max_length=1 << 13, budget=budget, answer_budget=answer_budget)
     with torch.no_grad():
         initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()
     space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), backbone.device)

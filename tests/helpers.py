@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from intrinsic_prompt_tuning.tuning import Job
 
 def like(backbone: Backbone, *, lm: Any = None, budget: Budget | None = None, answer_budget: Budget | None = None) -> Backbone:
     """Return a backbone with another model or other budgets."""
-    budgets = (budget or Budget(backbone.budget.tokens), answer_budget or Budget(backbone.answer_budget.tokens))
-    return Backbone(backbone.name, lm or backbone.lm, backbone.tokenizer, max_length=backbone.max_length, budgets=budgets)
+    own, answers = budget or Budget(backbone.budget.tokens), answer_budget or Budget(backbone.answer_budget.tokens)
+    return replace(backbone, lm=lm or backbone.lm, budget=own, answer_budget=answers)
 
 
 def rows_of(

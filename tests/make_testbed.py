@@ -26,7 +26,6 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from intrinsic_prompt_tuning.passes import IGNORE
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Task, World, load_tasks, load_worlds
 from intrinsic_prompt_tuning.tasks.worlds import OPTION_MARK, Scene
 
@@ -220,11 +219,11 @@ class Batches:
 
     def instruction(self, question: str, scene: Scene, length: int) -> tuple[list[int], list[int]]:
         """Return a question's words in order, strewn over `length` positions among fillers, and the answers to its parts."""
-        ids, hints = [self.ids[FILLER]] * length, [IGNORE] * length
+        ids, hints = [self.ids[FILLER]] * length, [-100] * length
         words, answers = question.split(), partial_answers(self.world, question, scene)
         for place, word, answer in zip(sorted(self.rng.sample(range(length), len(words))), words, answers, strict=True):
             ids[place] = self.ids[word]
-            hints[place] = self.ids[answer] if answer else IGNORE
+            hints[place] = self.ids[answer] if answer else -100
         return ids, hints
 
     def draw(self, size: int, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -253,7 +252,7 @@ class Batches:
             hints.append(own_hints)
             answers.append([self.ids[w] for w in answer.split()] + [self.ids["</s>"]])
         width = max(map(len, answers))
-        labels = torch.tensor([a + [IGNORE] * (width - len(a)) for a in answers])
+        labels = torch.tensor([a + [-100] * (width - len(a)) for a in answers])
         return torch.tensor(rows), torch.tensor(hints), labels
 
 

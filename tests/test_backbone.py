@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from helpers import Questions, like, mixed_rows, random_prompts, rows_of, summed_losses
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.passes import IGNORE, Budget
+from intrinsic_prompt_tuning.layout import Layout
+from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
 from intrinsic_prompt_tuning.tasks import Example, Task
 from intrinsic_prompt_tuning.tuning import prompt_losses
@@ -82,12 +84,12 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 def test_a_soft_prompt_gives_the_loss_of_peft(backbone: Backbone, tasks: dict[str, Task]) -> None:
     (prompt,), rows = random_prompts(backbone, 1), mixed_rows(backbone, tasks, 1)
     ids = pad([row.input_ids for _, row in rows], backbone.tokenizer.pad_token_id)
-    labels = pad([row.target_ids for _, row in rows], IGNORE)
+    labels = pad([row.target_ids for _, row in rows], -100)
     mask = torch.tensor([[1] * len(row.input_ids) + [0] * (ids.shape[1] - len(row.input_ids)) for _, row in rows])
     with torch.no_grad():
         expected = peft_model(backbone, prompt)(input_ids=ids, attention_mask=mask, labels=labels).loss
         losses = summed_losses(backbone, prompt, [row for _, row in rows])
-    assert float(losses.sum() / (labels != IGNORE).sum()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses.sum() / (labels != -100).sum()) == pytest.approx(float(expected), rel=1e-5)
     answers = backbone.answer(prompt[None], rows)
     means = [loss / len(row.target_ids) for loss, (_, row) in zip(losses.tolist(), rows, strict=True)]
     assert [answer.loss for answer in answers] == pytest.approx(means, rel=1e-4)
@@ -98,7 +100,7 @@ def test_a_soft_prompt_gives_the_gradient_of_peft(backbone: Backbone, tasks: dic
     ids = pad([row.input_ids for _, row in rows], backbone.tokenizer.pad_token_id)
     mask = torch.tensor([[1] * len(row.input_ids) + [0] * (ids.shape[1] - len(row.input_ids)) for _, row in rows])
     other = peft_model(backbone, prompt)
-    other(input_ids=ids, attention_mask=mask, labels=pad([row.target_ids for _, row in rows], IGNORE)).loss.backward()
+    other(input_ids=ids, attention_mask=mask, labels=pad([row.target_ids for _, row in rows], -100)).loss.backward()
     losses, gradient = prompt_losses(backbone, prompt[None].clone(), rows)
     torch.testing.assert_close(gradient[0], other.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-7)
     assert losses.shape == (1,)
@@ -263,6 +265,23 @@ def test_a_prompt_that_leaves_no_room_for_the_input_is_refused(bart: Backbone) -
         bart.encode([Example("the fox", ("bird",))], prompt_length=28)[0]
 
 
+def test_an_answer_longer_than_all_that_fits_is_cut_where_a_model_has_no_positions(t5_folder: Path) -> None:
+    backbone = load(t5_folder, max_length=16)
+    (row,) = backbone.encode([Example("the owl", ("fish bird " * 20,), ("fish bird " * 20, "fish"))], prompt_length=3)
+    assert len(row.target_ids) == len(row.option_ids[0]) == row.answer_limit == 16
+    assert row.target_ids[-1] == backbone.tokenizer.eos_token_id
+
+
+def test_generated_text_is_not_tidied_before_it_is_compared() -> None:
+    pieces = [("<unk>", 0.0), ("\u2581obama", -1.0), ("\u2581's", -1.0), ("\u2581dog", -1.0), ("</s>", 0.0)]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    unigram.pre_tokenizer, unigram.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    assert Layout(tokenizer).text([[1, 2, 3, 4]]) == ["obama 's dog"]
+
+
 def test_the_answer_limit_is_the_longest_reference_of_the_task(t5: Backbone) -> None:
     rows = t5.encode([Example("a", ("one",)), Example("b", ("two", "three four five"))], prompt_length=3)
     assert [row.answer_limit for row in rows] == [4, 4]
@@ -319,7 +338,7 @@ def test_the_fingerprint_changes_with_any_single_weight(t5: Backbone) -> None:
         model = copy.deepcopy(t5.model)
         weight = dict(model.named_parameters())[name].data.view(-1)
         weight[place] = torch.nextafter(weight[place], torch.tensor(math.inf))
-        found.add(like(t5, lm=Seq2Seq(model, t5.lm.pad_token_id)).fingerprint)
+        found.add(like(t5, lm=Seq2Seq(model)).fingerprint)
     assert len(found) == 1 + len(places)
 
 
@@ -371,7 +390,7 @@ def test_position_bias_and_mask_are_joined_once_a_pass_with_the_result_of_transf
     )
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
-    backbone = like(t5, lm=Seq2Seq(model, t5.lm.pad_token_id))
+    backbone = like(t5, lm=Seq2Seq(model))
     rows = [rows_of(t5, tasks[name])[0] for name in ("mood-good", "mood-opposite-choice", "day-then-count")]
     assert len({len(row.input_ids) for row in rows}) > 1, "without padding there would be no mask"
     prompt = backbone.initial_prompt(3, seed=0).clone().requires_grad_()

@@ -35,6 +35,20 @@ FAMILIES: dict[str, Any] = {
     "mpt": lambda size: transformers.MptConfig(
         vocab_size=size, d_model=16, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64
     ),
+    "opt": lambda size: transformers.OPTConfig(
+        vocab_size=size,
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        do_layer_norm_before=True,
+    ),
+    "phi3": lambda size: transformers.Phi3Config(vocab_size=size, max_position_embeddings=64, **SIZES),
+    "gemma3": lambda size: transformers.Gemma3TextConfig(
+        vocab_size=size, max_position_embeddings=64, head_dim=4, sliding_window=5, **SIZES
+    ),
     "gemma2": lambda size: transformers.Gemma2Config(vocab_size=size, max_position_embeddings=64, head_dim=4, **SIZES),
 }
 CHAT = "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<turn> assistant {% endif %}"
@@ -413,6 +427,42 @@ def test_a_family_that_computes_another_thing_behind_a_prompt_is_refused(
     model.save_pretrained(tmp_path)
     with pytest.raises(IptError, match=rf"\({kind.lower()}\) (computes another loss|cannot be used)"):
         load_backbone(str(tmp_path), device="cpu", precision=precision)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["M2M100", "Blenderbot"])
+def test_a_family_that_shifts_no_labels_itself_gives_its_own_losses(
+    tmp_path: Path, world: World, tasks: dict[str, Task], kind: str
+) -> None:
+    size = save_tokenizer(tmp_path, ["<pad>", "</s>", "<unk>"], words_of(world), "$A </s>", pad_token="<pad>", eos_token="</s>")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=60, scale_embedding=False, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=1, forced_eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    spread(model, 1.0, seed=5)
+    model.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path), device="cpu")
+    rows = [row for name in tasks for row in backbone.encode(tasks[name].sample(100, 2, 11).train[:2], prompt_length=0)]
+    answers = backbone.answer(torch.zeros(1, 0, 16), [(0, row) for row in rows])
+    for row, answer in zip(rows, answers, strict=True):
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.target_ids])
+        expected = float(backbone.model(input_ids=ids, labels=labels).loss)
+        assert answer.loss == pytest.approx(expected, rel=1e-5)
+
+
+THINKING = CHAT.replace("assistant {% endif %}", "assistant{% if enable_thinking is false %} the{% endif %} {% endif %}")
+
+
+def test_a_model_that_thinks_answers_at_once(tmp_path: Path, world: World) -> None:
+    """Its template then says that there are no thoughts; here `the` does."""
+    folder = save_model(tmp_path, "llama", world, chat=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(folder)
+    backbone = load_backbone(str(folder), device="cpu")
+    (row,) = backbone.encode([Example("fox", ("two",))], prompt_length=0)
+    assert backbone.tokenizer.convert_ids_to_tokens(row.input_ids)[-3:] == ["<turn>", "assistant", "the"]
 
 
 def test_a_prompt_behind_the_input_has_defaults_of_its_own_text_and_steps(folders: dict[str, Path], tmp_path: Path) -> None:

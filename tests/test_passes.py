@@ -12,7 +12,7 @@ import torch
 
 from intrinsic_prompt_tuning import passes
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.passes import IGNORE, Budget, available_memory, pass_sizes
+from intrinsic_prompt_tuning.passes import Budget, available_memory, pass_sizes
 
 CPU = torch.device("cpu")
 
@@ -103,9 +103,9 @@ def test_a_row_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> Non
 
 
 def test_what_is_padded_stands_on_the_left_and_the_mask_says_what_is_real() -> None:
-    ids, real = passes.padded([[5, 6, 7], [8], []], IGNORE, CPU)
-    assert ids.tolist() == [[5, 6, 7], [8, -100, -100], [-100, -100, -100]]
-    assert passes.padded([[5], [6, 7]], 0, CPU, least=4)[0].tolist() == [[5, 0, 0, 0], [6, 7, 0, 0]]
+    ids, real = passes.padded([[5, 6, 7], [8], []], CPU)
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+    assert passes.padded([[5], [6, 7]], CPU, least=4)[0].tolist() == [[5, 0, 0, 0], [6, 7, 0, 0]]
     assert real.tolist() == [[True, True, True], [True, False, False], [False, False, False]]
 
 
@@ -115,7 +115,7 @@ def test_on_a_gpu_padding_makes_the_whole_width_a_multiple_of_8(
 ) -> None:
     monkeypatch.setattr(passes, "to_device", lambda values, device: torch.as_tensor(values))
     gpu: Any = SimpleNamespace(type="cuda")
-    ids, real = passes.padded([[1] * longest, [1]], 0, gpu, before=before)
+    ids, real = passes.padded([[1] * longest, [1]], gpu, before=before)
     assert ids.shape == real.shape == (2, width)
     assert real.sum(1).tolist() == [longest, 1]
     assert (before + width) % 8 == 0
