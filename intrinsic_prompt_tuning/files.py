@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_VERSION = 2
-Content = tuple[dict[str, Any], dict[str, Any], "dict[str, Tensor]"]
-"""Header, record, tensors."""
 
 
 def digest(value: Any) -> str:
@@ -40,8 +38,8 @@ def file_name(text: str) -> str:
 
 def user_cache() -> Path:
     """Return $IPT_CACHE, or the folder `ipt` in the platform's place for caches."""
-    if "IPT_CACHE" in os.environ:
-        return Path(os.environ["IPT_CACHE"])
+    if own := os.environ.get("IPT_CACHE"):
+        return Path(own)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "ipt"
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
@@ -74,11 +72,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a process of this machine was writing when it was killed."""
-    for half in folder.rglob(f".*.{platform.node()}-*") if os.name == "posix" else ():
-        try:
-            os.kill(int(half.name.rpartition("-")[2]), 0)  # asks only whether it lives
-        except ProcessLookupError:
-            half.unlink(missing_ok=True)
+    half = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d+)")
+    for parent, _, names in os.walk(folder) if os.name == "posix" else ():  # folders may go meanwhile
+        for match in filter(None, map(half.fullmatch, names)):
+            try:
+                os.kill(int(match[1]), 0)  # asks only whether it lives
+            except ProcessLookupError:
+                Path(parent, match[0]).unlink(missing_ok=True)
+            except PermissionError:
+                pass  # it does, and is another person's
 
 
 def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -100,7 +102,7 @@ def read_header(path: Path) -> dict[str, Any]:
         return _parsed(path, file.metadata())[0]
 
 
-def read_file(path: Path) -> Content:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Return header, record and tensors of a file, its checksum found right.
 
     Raises:
@@ -109,9 +111,9 @@ def read_file(path: Path) -> Content:
     with _opened(path) as file:
         header, record, checksum = _parsed(path, file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    if checksum != _checksum(header, record, tensors):
-        raise _damaged(path, "its checksum is another")
-    return header, record, tensors
+        if checksum != _checksum(header, record, tensors):
+            raise ValueError("its checksum is another")
+        return header, record, tensors
 
 
 @contextlib.contextmanager
@@ -124,23 +126,20 @@ def _opened(path: Path) -> Iterator[Any]:
             raise OSError("it is no plain file")
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"is not a file of ipt, or is damaged ({short(error, 200)})") from error
 
 
 def _parsed(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return header, record and checksum of a file's metadata."""
-    try:
-        content = json.loads((metadata or {})["ipt"])
-        header, record, version = content["header"] | {}, content["record"] | {}, content["header"].get("version")
-        if version == FILE_VERSION:
-            return header, record, content["checksum"]
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, error) from error
-    raise IptError(
-        f"{path} has file version {version}, expected {FILE_VERSION}: remove it, and the command makes it anew, or use the ipt "
-        "that made it"
-    )
+    content = json.loads((metadata or {})["ipt"])
+    header, record, version = content["header"] | {}, content["record"] | {}, content["header"].get("version")
+    if version != FILE_VERSION:
+        raise IptError(
+            f"{path} has file version {version}, expected {FILE_VERSION}: remove it, and the command makes it anew, or use the "
+            "ipt that made it"
+        )
+    return header, record, content["checksum"]
 
 
 def _checksum(header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -149,7 +148,3 @@ def _checksum(header: Mapping[str, Any], record: Mapping[str, Any], tensors: Map
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def _damaged(path: Path, why: object) -> IptError:
-    return damaged(path, f"is not a file of ipt, or is damaged ({short(why, 200)})")

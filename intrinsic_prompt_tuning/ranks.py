@@ -42,12 +42,17 @@ def own_share(costs: Sequence[float]) -> list[int]:
     return sorted(shares[rank()])
 
 
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def n_processes(small: bool) -> int:
     """Return how many processes share a command's work where nobody says.
 
     On the testbed's small matrices two threads are hardly faster than one, but two processes are nearly twice as fast.
     """
-    return min(4, os.cpu_count() or 1) if small else 1
+    return min(4, n_cores()) if small else 1
 
 
 def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
@@ -61,8 +66,8 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
     Raises:
         IptError: there are more processes than cores; each would hold the backbone, and wait for the others.
     """
-    if count > max(2, cores := os.cpu_count() or 1):
-        raise IptError(f"--processes is {count}, and this machine has {cores} cores: use at most as many")
+    if count > max(2, cores := n_cores()):
+        raise IptError(f"--processes is {count}, and there are {cores} cores to use: use at most as many")
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     shared = os.environ | {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": threads}
     with contextlib.ExitStack() as files:
@@ -80,7 +85,12 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
                     ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
             first = next((n for n, process in enumerate(ranks) if process.poll()), 0)
             said[first].seek(0)
-            return ranks[first].returncode or 0, said[first].read().decode()
+            if (code := ranks[first].returncode or 0) < 0:
+                told = (
+                    f"error: process {first + 1} of {count} was ended by signal {-code}, as a system does that is out of memory\n"
+                )
+                return 128 - code, told
+            return code, said[first].read().decode()
         finally:
             for process in ranks:
                 if process.poll() is None:

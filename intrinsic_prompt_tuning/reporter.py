@@ -55,13 +55,15 @@ class Reporter:
     def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
         """Yield what takes how much of the total is done; say now and then how long the rest takes."""
         begin = told = time.monotonic()
+        first: tuple[float, float] | None = None  # what was done by earlier commands says nothing of this one's pace
 
         def advance(done: float) -> None:
-            nonlocal told
+            nonlocal told, first
             now = time.monotonic()
-            if now - told > 20:
+            first = first or (now, done)
+            if now - told > 20 and done > first[1]:
                 told = now
-                left = (now - begin) * (total - done) / max(1, done)
+                left = (now - first[0]) * (total - done) / (done - first[1])
                 self.say(f"{label}: {100 * done / total:.0f} %, {duration(left)} left")
 
         yield advance

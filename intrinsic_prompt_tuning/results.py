@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -50,10 +48,6 @@ class Cost:
     """Bytes of files."""
     steps: float = 0
     """What `AfterStep` counts: updates, or scores."""
-
-    def __add__(self, other: Cost) -> Cost:
-        """Add up."""
-        return Cost(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,62 +90,37 @@ class Made(NamedTuple):
 
 
 class Claims:
-    """Which process makes what: a file per process that lists the names it has claimed, locked as long as the process lives."""
+    """Which process makes what: in an empty file, a living process locks a byte for each result that it makes."""
 
-    def __init__(self, folder: Path) -> None:
-        """Claims are files in `folder`, which is there as long as any process has one."""
-        self.folder, self.path = folder, folder / f"{platform.node()}-{os.getpid()}"
+    def __init__(self, path: Path) -> None:
+        """Lock bytes of the file at `path`, which is there as long as any process has claims."""
+        self.path = path
         self._file: Any = None
 
-    def take(self, wanted: Sequence[str]) -> list[str]:
-        """Claim names, and return those of them that no other living process has; earlier claims of this one are forgotten."""
-        if not wanted or fcntl is None:
-            return list(wanted)
+    def take(self, name: str) -> bool:
+        """Claim a result until all claims are given back, and tell whether no other living process has it."""
+        if fcntl is None:
+            return True
         try:
-            with self._alone():
-                self.folder.mkdir(exist_ok=True)
-                taken = {name for path in self.folder.iterdir() if path != self.path for name in self._claimed(path)}
-                free = [name for name in wanted if name not in taken]
-                if self._file:
-                    self._file.close()
-                self.path.unlink(missing_ok=True)
-                self._file = self.path.open("x")
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-                self._file.write("\n".join(free))
-                self._file.flush()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._file or self.path.open("ab")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(name[:15], 16))
+            if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):  # else the last to have claims just removed it
+                self._file = file
+        except (BlockingIOError, FileNotFoundError):
+            return False
         except OSError as error:
-            raise IptError(f"cannot write {self.folder}: {error.strerror or error}; name another folder with --cache") from error
-        return free
+            raise IptError(f"cannot write {self.path}: {error.strerror or error}; name another folder with --cache") from error
+        return self._file is file
 
     def give_back(self) -> None:
         """Forget what this process has claimed."""
         if self._file:
-            with contextlib.suppress(OSError), self._alone():
-                self._file.close()
-                self._file = None
-                self.path.unlink(missing_ok=True)
-                self.folder.rmdir()  # unless another process has claims
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let no other process look at claims meanwhile."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        mutex = os.open(self.folder.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(mutex, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(mutex)
-
-    def _claimed(self, path: Path) -> list[str]:
-        """Return what a living process has; the file of a dead one goes."""
-        with path.open(errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().split()
-        path.unlink()
-        return []
+            with contextlib.suppress(OSError):  # others have claims
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path.unlink()
+            self._file.close()
+            self._file = None
 
 
 class Store:
@@ -160,7 +129,7 @@ class Store:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """Look into `folder`, for files of the backbone with this fingerprint."""
         self.folder, self.fingerprint = folder, fingerprint
-        self.claims = Claims(folder / "claims")
+        self.claims = Claims(folder / ".claims")
         self.before_save: Callable[[], None] = lambda: None
         self._solved, self._whole = dict[str, bool](), set[str]()
 
@@ -295,11 +264,14 @@ def make(
 
 
 def stages(results: Iterable[Result], kinds: Sequence[str]) -> list[list[Result]]:
-    """Return what is made together: results of one kind, when tuned also of one space and one configuration; each once."""
+    """Return what is made together: results of one kind, when tuned also of one space and one configuration; each once.
+
+    Prompts that start from those of a collection come after it.
+    """
     found: dict[tuple[Any, ...], dict[str, Result]] = {}
-    for result in sorted(results, key=lambda result: kinds.index(result.kind)):
+    for result in sorted(results, key=lambda result: (kinds.index(result.kind), "collection" in result.header)):
         tuning = result.header.get("tuning")
-        key = result.kind, digest([tuning, result.header.get("subspace")] if tuning else None)
+        key = result.kind, digest([tuning, *map(result.header.get, ("subspace", "collection"))] if tuning else None)
         found.setdefault(key, {})[result.name] = result
     return [list(stage.values()) for stage in found.values()]
 
@@ -308,6 +280,7 @@ def label(stage: Sequence[Result]) -> str:
     """Return what to call results that are made together."""
     header = stage[0].header
     about = f" ({header['space']}, dim {header['dim']})" if "subspace" in header and "tuning" in header else ""
+    about += " (from the nearest)" * ("collection" in header)
     return f"{stage[0].kind.replace('-', ' ')}s{about}"
 
 
@@ -315,7 +288,7 @@ def plan(
     stage: Sequence[Result], missing: Sequence[Result], pace: Callable[[Sequence[Result]], tuple[float, float]] | None
 ) -> tuple[str, float]:
     """Return what is to do as a sentence, and in how many seconds, by a pace, where there is one."""
-    cost, seconds = sum((result.cost for result in missing), Cost()), 0.0
+    cost, seconds = Cost(*map(sum, zip(*(astuple(result.cost) for result in missing), strict=True))), 0.0
     text = f"plan: {len(missing)} {label(stage)} to make, {len(stage) - len(missing)} made before"
     if rows := cost.trained + cost.answered:
         text += f"; at most {rows:,.0f} rows, {cost.tokens / 1e6:,.1f} million tokens"
@@ -331,8 +304,8 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
     # A share depends on names and costs, not on what is missing: ranks need not agree, and share alike after an interruption.
     share, waits = [stage[n] for n in own_share([3 * r.cost.trained + r.cost.answered for r in stage])], False
     while missing := store.missing(stage):
-        todo, begun = _next(store, share), set[str]()
-        own = _claimed(store, todo, begun)
+        todo = _next(store, share)
+        own = _claimed(store, todo)
         try:
             if first := next(own, None):
                 with (
@@ -342,7 +315,6 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
                     for made in maker(itertools.chain((first,), own), after_step):
                         store.save(made)
                         report.log("made", file=str(store.path(made.result)), **made.record)
-                        begun.discard(made.result.name)
         finally:
             store.claims.give_back()
         if not first and share == stage:
@@ -353,14 +325,11 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
         share = share if first and _next(store, share) else list(stage)
 
 
-def _claimed(store: Store, results: Iterable[Result], begun: set[str]) -> Iterator[Result]:
+def _claimed(store: Store, results: Iterable[Result]) -> Iterator[Result]:
     """Claim results as they are asked for, so that another process can have those that nobody has begun."""
-    for result in results:
-        # Another process may just have made it, and have given its claim back.
-        if not store.is_there(result) and result.name in store.claims.take([*begun, result.name]):
-            begun.add(result.name)
-            if not store.is_there(result):
-                yield result
+    for result in results:  # another process may just have made it, and have given its claim back
+        if not store.is_there(result) and store.claims.take(result.name) and not store.is_there(result):
+            yield result
 
 
 def _next(store: Store, results: Sequence[Result]) -> list[Result]:

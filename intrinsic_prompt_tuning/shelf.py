@@ -25,8 +25,8 @@ from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, read_rows
 
 PLACE = re.compile(
-    r"(?:samples/[^/]+-[0-9a-f]{16}/[^/]+|commands|[^/]+-[0-9a-f]{8}/(?:soft-prompts|subspaces|intrinsic-vectors|scores|claims|budgets))/"
-    r"\.?[^/]+?(?:-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|\.checksum|\.yaml|-\d+)(\.(?:[^/]*-)?\d+)?"
+    r"(?:samples/[^/]+-[0-9a-f]{16}/[^/]+|commands|[^/]+-[0-9a-f]{8}/(?:soft-prompts|subspaces|intrinsic-vectors|scores|budgets))/"
+    r"\.?[^/]+?(?:-[0-9a-f]{16}\.safetensors|-[0-9a-f]{16}\.unfinished|\.jsonl?|\.checksum|\.yaml)(\.(?:[^/]*-)?\d+)?"
 )
 """Where below the cache its files are; the rest is nothing of ipt's. A temporary name ends in its machine and process."""
 
@@ -73,9 +73,9 @@ def remove(cache: Path, files: dict[Path, tuple[str, int]]) -> int:
     """
     gone = 0
     for path in sorted(files, key=lambda path: "_test." not in path.name):  # a sample without test rows is drawn again
-        claims, names = Claims(cache / path.parts[0] / "claims"), re.findall(r"-([0-9a-f]{16})\.", path.name)
+        claims, names = Claims(cache / path.parts[0] / ".claims"), re.findall(r"-([0-9a-f]{16})\.", path.name)
         try:
-            if path.parent.name != "claims" and claims.take(names) == names:
+            if all(map(claims.take, names)):
                 (cache / path).unlink(missing_ok=True)
                 gone += 1
             claims.give_back()

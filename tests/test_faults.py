@@ -75,7 +75,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_same_command_goes_on_when_ther
             file.write(bytes(4096))
     one_error(cli("collect", *SHORT, "--seen", "--cache", disk), f"cannot write {disk}", "No space left on device")
     assert {name: content for name, content in files_in(disk).items() if name != "ballast"} == before
-    assert not list(disk.rglob("claims"))
+    assert not list(disk.rglob(".claims"))
     ballast.unlink()
     assert cli("collect", *SHORT, "--task", "mood-good", "--cache", disk).code == 0
 
@@ -145,7 +145,7 @@ def test_a_cache_that_vanishes_before_scoring_is_told_by_the_file_that_is_gone(
     assert cli("collect", *SHORT, "--task", "count-next").code == 0
     gone = vanishing("scores to make", "eval")
     one_error(gone, "soft-prompts/count-next-", "No such file or directory", "remove it, and the command makes it anew")
-    assert not list(tmp_path.rglob("claims"))
+    assert not list(tmp_path.rglob(".claims"))
 
 
 def test_prompts_are_written_into_a_cache_that_vanished_meanwhile(vanishing: Callable[..., Result], tmp_path: Path) -> None:

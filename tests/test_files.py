@@ -189,3 +189,8 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert files.user_cache() == tmp_path / "xdg" / "ipt"
+
+
+def test_an_empty_variable_names_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPT_CACHE", "")
+    assert files.user_cache().name == "ipt" and files.user_cache().is_absolute()

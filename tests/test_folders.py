@@ -126,19 +126,19 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     write_files(tmp_path, "ag_news", "PART\tWorld\n")
     with pytest.raises(IptError, match="task 'ag_news' has no train and dev files for data seed 87; the folder has 13, 100"):
         found(tmp_path, "ag_news").sample(87, 16, None)
-    assert missing_files(tmp_path, find_few_shot_tasks(tmp_path, TASKS), ["ag_news"], [13, 100]) == []
+    assert missing_files(tmp_path, ["ag_news"], [13, 100]) == []
     for path in (tmp_path / "ag_news").glob("*_test.tsv"):
         path.unlink()
-    tasks = find_few_shot_tasks(tmp_path, TASKS)
-    assert missing_files(tmp_path, tasks, ["ag_news", "boolq"], [13, 21, 42]) == [
+    assert missing_files(tmp_path, ["ag_news", "boolq"], [13, 21, 42]) == [
         "task 'ag_news' lacks data seeds 21, 42",
         "task 'ag_news' has no test file",
         f"task 'boolq' is not in {tmp_path}",
     ]
-    assert tasks["ag_news"].source == "few-shot files, K 16, data seeds 13 100, no test rows"
+    task = found(tmp_path, "ag_news")
+    assert task.source == "few-shot files, K 16, data seeds 13 100, no test rows"
     with pytest.raises(IptError, match=r"task 'ag_news' has no test file; add ag_news_16_13_test\.tsv to its folder"):
-        tasks["ag_news"].sample(13, 16, None)
-    assert tasks["ag_news"].sample(13, 16, 0).test == ()
+        task.sample(13, 16, None)
+    assert task.sample(13, 16, 0).test == ()
 
 
 # --- Hostile files -------------------------------------------------------------------------------
@@ -170,9 +170,7 @@ def test_a_line_that_is_no_row_is_refused_with_file_and_line(tmp_path: Path, lin
 
 def test_a_line_that_is_no_row_is_refused_in_a_task_that_nobody_knows_too(tmp_path: Path) -> None:
     write_files(tmp_path, "new", '{"input": "i", "output": "o", "options": "o p"}\n', suffix="jsonl")
-    with pytest.raises(
-        IptError, match=r"new_16_100_train\.jsonl, line 1: expected text in input and output, and a list of texts"
-    ):
+    with pytest.raises(IptError, match=r"new_16_13_train\.jsonl, line 1: expected text in input and output, and a list of texts"):
         find_few_shot_tasks(tmp_path, TASKS)
 
 
@@ -327,6 +325,14 @@ def test_all_that_ships_and_is_defined_can_be_kept(tmp_path: Path) -> None:
         own = kept(dataclasses.replace(task, draw=counting([]).draw, kind="free-form"), tmp_path)
         assert own.sample(13, 4, 5) == own.sample(13, 4, 5)
     assert len(list(tmp_path.iterdir())) == len(TASKS)
+
+
+def test_a_data_set_that_is_a_folder_here_is_local_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"dataset": "mydata", "template": "{a}", "answer": "b", "metric": "EM"}
+    assert hub_task("x", row, tmp_path / "f.yaml").definition is not None
+    (tmp_path / "mydata").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub_task("x", row, tmp_path / "f.yaml").definition is None
 
 
 def test_rows_of_local_files_are_drawn_anew_every_time(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_seed_without_train_rows_and_a_file_that_is_no_test_file_are_missing(t
     for name in ("n_16_13_train.tsv", "n_16_13_dev.tsv", "n_16_21_dev.tsv", "old_test.txt"):
         (tmp_path / "n" / name).write_text("a\tb\n")
     expected = ["task 'n' lacks data seeds 21", "task 'n' has no test file"]
-    assert missing_files(tmp_path, find_few_shot_tasks(tmp_path, {}), ["n"], [13, 21]) == expected
+    assert missing_files(tmp_path, ["n"], [13, 21]) == expected
 
 
 def test_names_in_a_folder_are_those_that_a_tasks_file_may_have(tmp_path: Path) -> None:

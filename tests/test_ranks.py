@@ -14,7 +14,7 @@ from conftest import Result, files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.ranks import n_processes, own_share, run_in_processes
+from intrinsic_prompt_tuning.ranks import n_cores, n_processes, own_share, run_in_processes
 
 RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
 DIES = """
@@ -89,7 +89,7 @@ def test_processes_share_a_command_without_torchrun(shared_options: list[object]
 
 
 def test_more_processes_than_cores_are_refused() -> None:
-    with pytest.raises(IptError, match=rf"--processes is 6400, and this machine has {os.cpu_count()} cores"):
+    with pytest.raises(IptError, match=rf"--processes is 6400, and there are {n_cores()} cores to use"):
         run_in_processes(["never", "run"], 6400)
 
 
@@ -135,5 +135,19 @@ def test_shares_are_disjoint_whole_and_even(monkeypatch: pytest.MonkeyPatch, ran
 def test_by_default_the_testbed_has_a_process_per_core(
     monkeypatch: pytest.MonkeyPatch, cores: int | None, small: bool, count: int
 ) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert n_processes(small) == count
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no such limit")
+def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert n_processes(small=True) == 1
+
+
+def test_a_process_that_the_system_ends_is_not_one_that_a_person_stopped() -> None:
+    ends = "import os, time\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    code, told = run_in_processes([sys.executable, "-c", ends], 2)
+    assert code == 137 and told.startswith("error: process 2 of 2 was ended by signal 9")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -24,9 +23,11 @@ from conftest import Result, files_in, run_ipt
 from safetensors.torch import save_file
 from test_cli import assert_one_error
 
+import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file, write_file
+from intrinsic_prompt_tuning.results import Claims
 from intrinsic_prompt_tuning.shelf import cache_files, remove
 
 Cli = Callable[..., Result]
@@ -199,13 +200,13 @@ def test_the_cache_is_listed_by_backbone_and_kind_with_a_total(made: tuple[Path,
     assert int(re.search(r"(?m)^all +(\d+)", done.out)[1]) == len(files_in(made[0]))  # type: ignore[index]
 
 
-def test_leftovers_unfinished_states_and_claims_have_kinds_and_strangers_are_not_listed(copied: Path, tmp_path: Path) -> None:
+def test_leftovers_unfinished_states_have_kinds_and_strangers_are_not_listed(copied: Path, tmp_path: Path) -> None:
     folder = one(copied, "*/scores").parent
     name = "count-next-0123456789abcdef.safetensors"
     places = {
         folder / "scores" / f".{name}.123": "leftovers", folder / "scores" / f".{name}.124": None,
         folder / "soft-prompts" / "count-next-0123456789abcdef.unfinished": "unfinished",
-        folder / "claims" / "node-1-12": "claims", folder / "budgets" / "node-cpu.json": "budgets",
+        folder / ".claims": None, folder / "budgets" / "node-cpu.json": "budgets",
         folder / "scores" / "notes.txt": None, copied / "photo.jpg": None, copied / "mine" / "scores" / name: None,
     }  # fmt: skip
     for path in places:
@@ -223,8 +224,14 @@ def test_leftovers_unfinished_states_and_claims_have_kinds_and_strangers_are_not
     before = files_in(outside)
     remove(copied, found)
     assert files_in(outside) == before
-    left = {path for path, kind in places.items() if kind is None}  # a claim of nobody alive goes as soon as others are taken
+    left = {path for path, kind in places.items() if kind is None} - {folder / ".claims"}  # nobody alive has claims
     assert {path for path in copied.rglob("*") if path.is_file() and not path.is_symlink()} == left
+
+
+def test_where_a_metric_is_of_all_rows_a_reference_is_right(made: tuple[Path, Cli]) -> None:
+    found = json.loads(made[1]("eval", "--wrong", "animal-class", "--json").out)
+    assert found["metric"] == "Classification-F1" and found["rows"]
+    assert all(not set(row["wrong"].values()) & set(row["right"]) for row in found["rows"])
 
 
 def test_what_a_query_means(made: tuple[Path, Cli]) -> None:
@@ -265,14 +272,14 @@ def test_removing_asks_and_refuses_where_nobody_can_be_asked(copied: Path, monke
 
 def test_what_a_living_process_makes_is_left_alone(copied: Path) -> None:
     claimed, *others = sorted(copied.glob("*/soft-prompts/*"))
-    claims = claimed.parents[1] / "claims"
-    claims.mkdir()
-    with (claims / "elsewhere-7").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(claimed.stem[-16:])
-        file.flush()
-        done = run_ipt("cache", "rm", "soft-prompts", "--yes", "--cache", copied)
-    assert done.code == 0 and f"removed {len(others)} of {len(others) + 1} files" in done.err
+    arguments = ["cache", "rm", "soft-prompts", "--yes", "--cache", copied]
+    claims = Claims(claimed.parents[1] / ".claims")
+    assert claims.take(claimed.stem[-16:])
+    try:  # a process of its own, as locks are a process's
+        done = subprocess.run([sys.executable, ipt.__file__, *map(str, arguments)], capture_output=True, text=True, check=False)
+    finally:
+        claims.give_back()
+    assert done.returncode == 0 and f"removed {len(others)} of {len(others) + 1} files" in done.stderr
     assert sorted(copied.glob("*/soft-prompts/*")) == [claimed]
 
 

@@ -62,6 +62,14 @@ def test_a_closed_pipe_is_no_error(command: str) -> None:
     assert (writer.returncode, told) == (0, b"")
 
 
+def holders(cache: Path) -> set[str]:
+    """Return the processes that have claims, as the system knows them."""
+    inodes = {str(path.stat().st_ino) for path in cache.glob("*/.claims")}
+    locks = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+    return {lock[4] for lock in locks if "->" not in lock and lock[5].rpartition(":")[2] in inodes}
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell who has locks")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_processes_of_one_command_that_are_stopped_save_what_is_under_way_and_say_so_once(
     shared_options: list[object], tmp_path: Path, number: signal.Signals
@@ -73,7 +81,7 @@ def test_processes_of_one_command_that_are_stopped_save_what_is_under_way_and_sa
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        while len(list(tmp_path.glob("*/claims/*"))) < 2:
+        while len(holders(tmp_path)) < 2:
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(1)
@@ -87,7 +95,7 @@ def test_processes_of_one_command_that_are_stopped_save_what_is_under_way_and_sa
     assert told.count("stopped: what is done is kept, and the same command goes on from here") == 1
     assert "Traceback" not in told
     assert len(list(tmp_path.glob("*/soft-prompts/*.unfinished"))) == 4, "each has two jobs at a time"
-    assert not list(tmp_path.glob("*/claims"))
+    assert not list(tmp_path.glob("*/.claims"))
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
@@ -97,17 +105,32 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writ
         writer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (tmp_path / "scores" / f".{name}.{os.uname().nodename}-{writer.pid}").touch()
         writers.append(writer)
-    (tmp_path / "scores" / f".far.elsewhere-{writers[0].pid}").touch()
+    node = os.uname().nodename
+    for where in ("elsewhere", f"{node}-2"):  # other machines, one of them named almost like this one
+        (tmp_path / "scores" / f".far.{where}-{writers[0].pid}").touch()
+    (tmp_path / "scores" / f".odd.{node}-x").touch()
     try:
         writers[0].kill()
         writers[0].wait()
         sweep(tmp_path)
         left = sorted(path.name.split(".")[1] if path.name[0] == "." else path.name for path in (tmp_path / "scores").iterdir())
-        assert left == ["far", "living", "whole"]
+        assert left == ["far", "far", "living", "odd", "whole"]
     finally:
         for writer in writers:
             writer.kill()
             writer.wait()
+
+
+def test_what_another_person_s_process_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tmp_path / f".whole.{os.uname().nodename}-1"
+    half.touch()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    sweep(tmp_path)
+    assert half.exists()
 
 
 # --- Determinism ---------------------------------------------------------------------------------

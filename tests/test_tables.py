@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.tasks import Example, Task, find_table_tasks, has_few_shot_files
+from intrinsic_prompt_tuning.tasks import Example, Task, few_shot_files, find_table_tasks
 
 Cli = Callable[..., Result]
 settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -228,12 +228,20 @@ def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_few_shot_files_is_none_of_tables(tmp_path: Path) -> None:
     labelled(tmp_path / "stats.csv", 20)
-    assert not has_few_shot_files(tmp_path) and not has_few_shot_files(tmp_path / "stats.csv")
+    assert not few_shot_files(tmp_path) and not few_shot_files(tmp_path / "stats.csv")
+    write(tmp_path / "raw" / "reviews_train.jsonl", '{"input": "i", "output": "o"}\n')  # of another form: nobody's
+    assert not few_shot_files(tmp_path) and "stats" in find_table_tasks(tmp_path, {})
     write(tmp_path / "a" / "a_16_100_train.tsv", "i\to\n")
-    assert has_few_shot_files(tmp_path)
+    assert few_shot_files(tmp_path)
 
 
 # --- Drawing -------------------------------------------------------------------------------------
+
+
+def test_the_default_shots_are_had_of_80_rows(tmp_path: Path) -> None:
+    assert len(only(labelled(tmp_path / "a.csv", 80)).sample(100, 16, None).test) == 16
+    free = write_rows(tmp_path / "b.csv", ("text", "output"), *((f"{n}", f"{n}") for n in range(80)))
+    assert len(only(free).sample(100, 16, None).validation) == 32
 
 
 @given(count=st.integers(60, 90), labels=st.integers(2, 4), seed=st.integers(0, 999), repeats=st.integers(0, 20))

@@ -78,11 +78,15 @@ ROW = "{world: small, kind: classification, question: mood good"
         ("metric: Classification-F1", "metric: Classification-F2", "task animal-class: .*did you mean 'Classification-F1'"),
         ("sees {count.word}", "sees {counts.word}", "world small: .*expected 'sentence'"),
         ("cup cups,", "cup,", "world small: .*as many words in each row"),
-        ("cup cups,", "no,", "world small, table 'thing': field 'rows', entry '1' must be text, not false .*quote it"),
+        (
+            "cup cups,",
+            "no,",
+            "world small: field 'lexicon', entry 'thing', entry 'rows', entry '1' must be text, not false .*quote it",
+        ),
         (
             "columns: [word, plural]",
             "columns: [word, no]",
-            "world small, table 'thing': field 'columns', entry '2' must be text, not false",
+            "world small: field 'lexicon', entry 'thing', entry 'columns', entry '2' must be text, not false",
         ),
         ("day: day}", "day: days}", "world small: .*days"),
         ("sentence:", "sentense:", "world small has an unknown field 'sentense'; did you mean 'sentence'"),

@@ -13,15 +13,15 @@ from typing import Any
 from intrinsic_prompt_tuning.tasks.checks import build, read_mapping
 from intrinsic_prompt_tuning.tasks.crossfit import CROSSFIT_SEEDS
 from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
-from intrinsic_prompt_tuning.tasks.folders import find_few_shot_tasks, has_few_shot_files, kept, missing_files
+from intrinsic_prompt_tuning.tasks.folders import few_shot_files, find_few_shot_tasks, kept, missing_files
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 from intrinsic_prompt_tuning.tasks.splits import split_tasks
 from intrinsic_prompt_tuning.tasks.tables import Kind, find_table_tasks
 from intrinsic_prompt_tuning.tasks.worlds import World, world_task
 
 __all__ = [
-    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "find_few_shot_tasks", "find_table_tasks",
-    "find_tasks", "has_few_shot_files", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest",
+    "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "few_shot_files", "find_few_shot_tasks",
+    "find_table_tasks", "find_tasks", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest",
     "split_tasks", "subsets",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def find_tasks(
 ) -> tuple[dict[str, Task], dict[str, Task]]:
     """Return the tasks of a tasks file, or of few-shot files, of which it tells what their rows do not; and one's own tables'."""
     known = load_tasks(file)
-    if data and has_few_shot_files(data):
+    if data and few_shot_files(data):
         return find_few_shot_tasks(data, known), {}
     return known, find_table_tasks(data, known, columns, kind) if data else {}
 

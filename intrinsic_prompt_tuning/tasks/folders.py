@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,52 +22,83 @@ from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, 
 
 FEW_SHOT_FILE = re.compile(r"(?P<task>.+?)(_(?P<k>\d+)_(?P<seed>\d+))?_(?P<part>train|dev|test)\.(tsv|jsonl)")
 KEPT = ("_train.jsonl", "_dev.jsonl", "_test.jsonl", ".checksum")
+Files = Mapping[tuple[int, int, str], Path]
+"""(K, data seed, train, dev or test) -> file of one task; K and seed are 0 for a test file that serves all seeds."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FewShotFiles:
-    """The few-shot files of one task."""
+def few_shot_files(folder: Path) -> dict[str, Files]:
+    """Return the few-shot files of each task in a folder; none where it is a table or a folder of tables."""
+    found: dict[str, dict[tuple[int, int, str], Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        match = FEW_SHOT_FILE.fullmatch(path.name)
+        if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
+            found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
+    return dict(found)
 
-    task: str
-    files: Mapping[tuple[int, int, str], Path]
-    """(K, data seed, train, dev or test) -> file; K and seed are 0 for a test file that serves all seeds."""
-    per_label: bool = False
-    options: tuple[str, ...] = ()
-    """Options of every row, for TSV files, which name none."""
 
-    def __str__(self) -> str:
-        """Return what the folder holds."""
-        test = "" if any(part == "test" for *_, part in self.files) else ", no test rows"
-        sizes = sorted({k for k, _, part in self.files if part == "train"})
-        return f"few-shot files, K {'/'.join(map(str, sizes))}, data seeds {' '.join(map(str, self.seeds))}{test}"
+def _sizes(files: Files) -> dict[int, list[int]]:
+    """Return the data seeds with both train and dev rows, and the K of each."""
+    both = sorted((seed, k) for k, seed, part in files if part == "train" and (k, seed, "dev") in files)
+    return {seed: [k for other, k in both if other == seed] for seed, _ in both}
 
-    @property
-    def seeds(self) -> list[int]:
-        """The data seeds with both train and dev rows."""
-        return sorted({seed for k, seed, part in self.files if part == "train" and (k, seed, "dev") in self.files})
 
-    def draw(self, data_seed: int, shots: int, test_rows: int | None) -> Sample:
-        """Read the sample of one seed; K is `shots`, or 2 * `shots` in total without labels.
+def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
+    """Find the tasks of a folder of few-shot files.
 
-        MetaICL's K counts a classification's rows in total, too, so a folder with one K only has it in either sense.
-        """
-        if data_seed not in self.seeds:
-            there = ", ".join(map(str, self.seeds))
-            raise IptError(f"task '{self.task}' has no train and dev files for data seed {data_seed}; the folder has {there}")
-        sizes = sorted(
-            k for k, seed, part in self.files if (seed, part) == (data_seed, "train") and (k, seed, "dev") in self.files
+    A known name gives kind, metric, splits and category. Of an unknown task the rows tell: the same options in every row are a
+    classification, changing ones multiple choice, none free-form answers.
+
+    Raises:
+        IptError: it holds no task.
+    """
+    found = few_shot_files(folder)
+    check_names(found, folder)
+    tasks = {name: _task_of(name, files, known.get(name)) for name, files in found.items() if _sizes(files)}
+    if not tasks:
+        raise IptError(f"{folder} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev")
+    return tasks
+
+
+def _task_of(name: str, files: Files, known: Task | None) -> Task:
+    sizes, draw = _sizes(files), partial(_draw, name, files)
+    if known is None:
+        (seed, (k, *_)), *_ = sizes.items()
+        options = {row.options for row in read_rows(files[k, seed, "train"])}
+        kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
+        known = Task(name=name, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=draw, source="")
+    holds = f"K {'/'.join(map(str, sorted({*itertools.chain(*sizes.values())})))}, data seeds {' '.join(map(str, sizes))}"
+    source = f"few-shot files, {holds}{'' if _has_test(files) else ', no test rows'}"
+    draw = partial(draw, per_label=known.kind == "classification", options=known.words)
+    return replace(known, draw=draw, source=source, definition=None)
+
+
+def _has_test(files: Files) -> bool:
+    return any(part == "test" for *_, part in files)
+
+
+def _draw(
+    name: str, files: Files, data_seed: int, shots: int, test_rows: int | None, *, per_label: bool, options: tuple[str, ...]
+) -> Sample:
+    """Read the sample of one seed; K is `shots`, or 2 * `shots` in total without labels.
+
+    MetaICL's K counts a classification's rows in total, too, so a folder with one K only has it in either sense. Options are
+    those of every row, for TSV files, which name none.
+    """
+    sizes = _sizes(files)
+    if data_seed not in sizes:
+        there = ", ".join(map(str, sizes))
+        raise IptError(f"task '{name}' has no train and dev files for data seed {data_seed}; the folder has {there}")
+    k = next((k for k in (shots if per_label else 2 * shots, shots) if k in sizes[data_seed]), None)
+    if k is None:
+        raise IptError(
+            f"task '{name}' has no files of K {shots} for data seed {data_seed}; the folder has "
+            f"{', '.join(map(str, sizes[data_seed]))}: name one with --shots"
         )
-        k = next((k for k in (shots if self.per_label else 2 * shots, shots) if k in sizes), None)
-        if k is None:
-            raise IptError(
-                f"task '{self.task}' has no files of K {shots} for data seed {data_seed}; the folder has "
-                f"{', '.join(map(str, sizes))}: name one with --shots"
-            )
-        test = self.files.get((k, data_seed, "test"), self.files.get((0, 0, "test")))
-        if test is None and test_rows != 0:
-            raise IptError(f"task '{self.task}' has no test file; add {self.task}_{k}_{data_seed}_test.tsv to its folder")
-        train, dev = (read_rows(self.files[k, data_seed, part], self.options) for part in ("train", "dev"))
-        return Sample(train, dev, drawn_test_rows(read_rows(test, self.options), test_rows) if test and test_rows != 0 else ())
+    test = files.get((k, data_seed, "test"), files.get((0, 0, "test")))
+    if test is None and test_rows != 0:
+        raise IptError(f"task '{name}' has no test file; add {name}_{k}_{data_seed}_test.tsv to its folder")
+    train, dev = (read_rows(files[k, data_seed, part], options) for part in ("train", "dev"))
+    return Sample(train, dev, drawn_test_rows(read_rows(test, options), test_rows) if test and test_rows != 0 else ())
 
 
 def read_rows(path: Path, options: tuple[str, ...] = ()) -> Rows:
@@ -128,56 +160,16 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
     return task, example
 
 
-def has_few_shot_files(folder: Path) -> bool:
-    """Tell whether a folder holds few-shot files, and is no table or folder of tables."""
-    return any(FEW_SHOT_FILE.fullmatch(path.name) for path in folder.glob("*/*"))
-
-
-def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Task]:
-    """Find the tasks of a folder of few-shot files.
-
-    A known name gives kind, metric, splits and category. Of an unknown task the rows tell: the same options in every row are a
-    classification, changing ones multiple choice, none free-form answers.
-
-    Raises:
-        IptError: it holds no task.
-    """
-    found: dict[str, dict[tuple[int, int, str], Path]] = {}
-    for path in sorted(folder.glob("*/*")):
-        match = FEW_SHOT_FILE.fullmatch(path.name)
-        if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
-            found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
-    check_names(found, folder)
-    sources = [FewShotFiles(task=name, files=files) for name, files in found.items()]
-    tasks = {source.task: _task_of(source, known.get(source.task)) for source in sources if source.seeds}
-    if not tasks:
-        raise IptError(f"{folder} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev")
-    return tasks
-
-
-def _task_of(source: FewShotFiles, known: Task | None) -> Task:
-    if known is None:
-        first = next(path for (_, seed, part), path in source.files.items() if part == "train" and seed in source.seeds)
-        options = {row.options for row in read_rows(first)}
-        kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
-        known = Task(name=source.task, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=source.draw, source="")
-    source = replace(source, per_label=known.kind == "classification", options=known.words)
-    return replace(known, draw=source.draw, source=str(source), definition=None)
-
-
-def missing_files(folder: Path, tasks: Mapping[str, Task], wanted: Iterable[str], seeds: Iterable[int]) -> list[str]:
+def missing_files(folder: Path, wanted: Iterable[str], seeds: Iterable[int]) -> list[str]:
     """Say, one sentence each, which wanted tasks a folder lacks, and which seeds or test rows the others lack."""
-    sentences = []
+    found, sentences = few_shot_files(folder), list[str]()
     for name in wanted:
-        if name not in tasks:
+        if not (sizes := _sizes(found.get(name, {}))):
             sentences.append(f"task '{name}' is not in {folder}")
             continue
-        matches = [FEW_SHOT_FILE.fullmatch(path.name) for path in (folder / name).iterdir()]
-        here = {(match["k"], match["seed"], match["part"]) for match in matches if match and match["task"] == name}
-        whole = {seed for k, seed, part in here if part == "train" and (k, seed, "dev") in here}
-        absent = [str(seed) for seed in seeds if str(seed) not in whole]
+        absent = [str(seed) for seed in seeds if seed not in sizes]
         sentences += [f"task '{name}' lacks data seeds {', '.join(absent)}"] if absent else []
-        sentences += [] if any(part == "test" for *_, part in here) else [f"task '{name}' has no test file"]
+        sentences += [] if _has_test(found[name]) else [f"task '{name}' has no test file"]
     return sentences
 
 

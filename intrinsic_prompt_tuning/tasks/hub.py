@@ -99,7 +99,8 @@ class HubRow:
             if self.transform:
                 records = TRANSFORMS[self.transform[0]](records, *self.transform[1:])
             for record in records:
-                if all(_is_kept(self._value(record, path, "keep"), values) for path, values in self.keep.items()):
+                found = [(texts(self._value(record, path, "keep")), values) for path, values in self.keep.items()]
+                if all(any(text in values if values else text for text in own) for own, values in found):
                     yield self._example(record)
         except KeyError as error:  # only a transform can raise it
             raise IptError(f"{self.where}: transform needs column {error}, which the data lacks") from error
@@ -170,16 +171,14 @@ class HubRow:
 
     def _picked(self, record: Record, key: str, options: Sequence[str]) -> str:
         """Return the right option."""
-        if self.pick in ("index", "number"):
-            position = int(key) - (self.pick == "number") if key.isdigit() else -1
-        else:
-            labels = texts(self._value(record, self.option_labels, "option_labels")) if self.pick == "label" else ()
-            among = {"text": options, "label": labels, "letter": string.ascii_uppercase}[self.pick]
-            wanted = key.upper() if self.pick == "letter" else key
-            position = list(among).index(wanted) if wanted in list(among) else -1
-        if not 0 <= position < len(options):
-            raise IptError(f"{self.where}: '{key}' of '{self.answer}' is no {self.pick} of the {len(options)} options {options}")
-        return options[position]
+        numbers = [str(number) for number in range(len(options) + 1)]
+        labels = texts(self._value(record, self.option_labels, "option_labels")) if self.pick == "label" else ()
+        names = {"text": options, "label": labels, "letter": string.ascii_uppercase, "index": numbers, "number": numbers[1:]}
+        wanted = key.upper() if self.pick == "letter" else key
+        for name, option in zip(names[self.pick], options, strict=False):
+            if name == wanted:
+                return option
+        raise IptError(f"{self.where}: '{key}' of '{self.answer}' is no {self.pick} of the {len(options)} options {options}")
 
     def _value(self, record: Record, path: str, field_name: str) -> Any:
         try:
@@ -206,32 +205,28 @@ class HubRow:
     def is_local(self) -> bool:
         """Whether the rows come from files that a person may change at any time."""
         remote = ["://" in file and not file.startswith("file:") for file in self.data_files.values()]
-        return self.dataset.startswith((".", "/", "~")) or (self.dataset in READERS and not all(remote))
+        is_path = self.dataset.startswith((".", "/", "~")) or (self.dataset != "" and Path(self.dataset).exists())
+        return is_path or (self.dataset in READERS and not all(remote))
 
     def _load_records(self, split: str) -> Iterator[Record]:
         """Read the records of one split through `datasets`; a failure names task, dataset and reason."""
         if self.unavailable:
             raise IptError(f"{self.where} cannot be loaded: {self.unavailable}{WAY_OUT}")
-        files: dict[str, str] | None = self.data_files or None
+        config, files = self.config or None, self.data_files
         if self.revision == CONVERTED:  # one folder per config and split, which `datasets` would mix up
-            files = {split: f"{self.config or 'default'}/{split}/*.parquet"}
-        elif files and self.dataset in READERS:
+            config, files = None, {split: f"{config or 'default'}/{split}/*.parquet"}
+        elif self.dataset in READERS:
             files = {name: file if "://" in file else str(self.folder / file) for name, file in files.items()}
-        config = None if self.revision == CONVERTED else self.config or None
         datasets.disable_progress_bars()
         try:
             table = datasets.load_dataset(
-                self.dataset, config, revision=self.revision or None, data_files=files, split=split, **self.reader
+                self.dataset, config, revision=self.revision or None, data_files=files or None, split=split, **self.reader
             )
         except Exception as error:  # load_dataset lets through whatever its HTTP client, file system or reader raises
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             kind = UnreachableError if isinstance(error, ConnectionError) else IptError
             raise kind(f"{self.where}: split '{split}' of '{self.dataset}' could not be loaded: {reason}{WAY_OUT}") from error
         return iter(table)
-
-
-def _is_kept(value: Any, values: Sequence[str]) -> bool:
-    return any(text in values if values else text for text in texts(value))
 
 
 def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
@@ -261,8 +256,8 @@ def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
 
 def _check_row(row: HubRow) -> None:
     """Refuse what contradicts itself or cannot be read."""
-    texts_with_places = [("template", row.template), ("option_style", row.option_style)]
-    for name, template in texts_with_places + [("replace", new) for new in row.replace.values()]:
+    replaced = [("replace", new) for new in row.replace.values()]
+    for name, template in [("template", row.template), ("option_style", row.option_style), *replaced]:
         places(template, f"{row.where}: field '{name}'")
     # The first reads pickles, which can hold code; the others write elsewhere, or in many processes.
     if row.dataset == "pandas" or row.reader.keys() & {"cache_dir", "download_config", "num_proc", "storage_options"}:

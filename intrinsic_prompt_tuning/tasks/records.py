@@ -132,10 +132,8 @@ def _multirc(records: Iterable[Record]) -> Iterator[Record]:
 def _infobox(records: Iterable[Record]) -> Iterator[Record]:
     """Write wiki_bio's table as text; tables whose headers and cells do not match are left out."""
     for record in records:
-        title, (headers, cells) = (
-            record["input_text"]["context"],
-            map(record["input_text"]["table"].get, ("column_header", "content")),
-        )
+        title, table = record["input_text"]["context"], record["input_text"]["table"]
+        headers, cells = table["column_header"], table["content"]
         if len(headers) == len(cells):
             lines = [f"{header}: {cell.strip()} [n] ".replace("\n", " ") for header, cell in zip(headers, cells, strict=True)]
             yield record | {"title": title.strip(), "infobox": "".join(lines)}

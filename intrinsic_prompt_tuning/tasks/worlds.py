@@ -26,19 +26,6 @@ TEST_STREAM = "test, the second"
 """The first one was looked at while settings were chosen."""
 
 
-@dataclass(frozen=True)
-class LexiconTable:
-    """Words and what is known about them, as a tasks file says it."""
-
-    columns: list[str]
-    rows: list[str]
-    """As many words as there are columns."""
-
-    def entries(self) -> list[SimpleNamespace]:
-        """Return one entry a row, its columns as attributes."""
-        return [SimpleNamespace(**dict(zip(self.columns, row.split(), strict=True))) for row in self.rows]
-
-
 @dataclass(kw_only=True, eq=False)
 class World:
     """A synthetic language in which every question has one computable answer."""
@@ -50,7 +37,8 @@ class World:
     """A `str.format` pattern over slots and their columns, such as `the {mood.word} {subject.word}`."""
     slots: dict[str, str]
     """Slot of the sentence -> the lexicon's table that fills it."""
-    lexicon: dict[str, dict[str, Any]]
+    lexicon: dict[str, dict[str, list[str]]]
+    """Words and what is known about them: table -> its `columns`, and its `rows` of as many words."""
 
     def __post_init__(self) -> None:
         """Read the lexicon, and try one sentence.
@@ -63,9 +51,11 @@ class World:
         for place in places(self.sentence, f"{where}: 'sentence'"):
             if not re.fullmatch(r"\w+\.[^\W_]\w*", place):
                 raise IptError(f"{where}: expected 'sentence' with {{slot.column}}, not with {{{place}}}")
-        tables = {table: build(LexiconTable, row, f"{where}, table '{table}'") for table, row in self.lexicon.items()}
         try:
-            self.tables = {name: table.entries() for name, table in tables.items()}
+            self.tables = {
+                name: [SimpleNamespace(**dict(zip(table["columns"], row.split(), strict=True))) for row in table["rows"]]
+                for name, table in self.lexicon.items()
+            }
             self._entries = {slot: self.tables[table] for slot, table in self.slots.items()}
             self._known = {slot: {v for c in self.columns(slot) for v in self.values(slot, c)} for slot in self.slots}
             self.describe(self.draw(random.Random(0)))
