@@ -41,7 +41,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.page import make_page
 from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
 from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes, stopped_by
-from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, tasks_text, wrong_answers
+from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, table_text, wrong_answers
 from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.settings import TESTBED, Manners, Sharing, described, versions
 from intrinsic_prompt_tuning.shelf import about_file, cache_files, files_text, remove
@@ -84,12 +84,9 @@ def print_found(found: dict[str, Any], as_json: bool) -> None:
 
 
 class Terminal(Reporter):
-    """Shows a person what the stages do."""
+    """Shows a person what the stages do, or, when it is quiet, nothing."""
 
-    def __init__(self, *, quiet: bool = False, **more: Any) -> None:
-        """Say nothing, or more: see `Reporter`."""
-        super().__init__(**more)
-        self.quiet = quiet
+    quiet = False
 
     def say(self, text: str) -> None:
         """Print a message on stderr, once for all ranks."""
@@ -130,7 +127,7 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
     content, here = read_mapping(file), str(context.info_name)
     check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
-    given = {name: value for name, value in content.items() if name not in commands} | own
+    given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
     known = {flag for options in flags.values() for flag in options}
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
@@ -177,7 +174,8 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
         def expanded(context: typer.Context, **values: Any) -> None:
             small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
             count = values.pop("processes", None) or n_processes(small)
-            terminal = Terminal(quiet=bool(values["quiet"]), verbose=bool(values["verbose"]), log=values["log"])
+            terminal = Terminal(verbose=bool(values["verbose"]), log=values["log"])
+            terminal.quiet = bool(values["quiet"])
             try:
                 if Sharing in groups and n_ranks() == 1 and count > 1:
                     terminal.quiet = True  # the first of them says how to go on
@@ -189,6 +187,8 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
                 # `tune` has one rate, of whatever it tunes.
                 values.setdefault("learning_rate", values.get("vector_learning_rate"))
                 x = Experiment(values, terminal)
+                if values.get("space") == "prompt":
+                    values["vector_learning_rate"] = x.rates.learning_rate
                 x.tell(name, values, {str(p.name): p.opts[0] for p in context.command.params if p.name not in NOT_KEPT})
                 function(x, **{name: values[name] for name in own})
                 if Sharing in groups:
@@ -212,7 +212,9 @@ UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks o
 DimOption = Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250")]
 DataSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the few-shot rows; all but 100 are unseen data.")]
 SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
-StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: from the distribution of the seen tasks' vectors.")]
+START_HELP = "random: N(0, 0.02); seen: as the seen tasks' vectors lie; nearest: at that with the least loss on training rows."
+StartOption = Annotated[Start, typer.Option(help=START_HELP)]
+WARM_HELP = "subspace (the task's vector), nearest (the seen task's prompt with the least loss), a task, a file."
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object; predict: one a line.")]
 SourceOption = Annotated[str, typer.Option("--from", help="best, prompt, vector; or a file of any kind that 'ipt import' reads.")]
@@ -229,7 +231,7 @@ def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
     tries: option(Rates, "tries") = None,  # type: ignore[valid-type]
-    start: Annotated[str, typer.Option(help="subspace (the task's vector), a task, a file.", show_default="random words")] = "",
+    start: Annotated[str, typer.Option(help=WARM_HELP, show_default="random words")] = "",
     dim: OneDimOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """Tune a soft prompt for each task.
@@ -237,8 +239,9 @@ def collect(
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
     good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
-    starts = warm_starts(x, start, good, data_seed, dim) if start else None
-    x.make(chain(*x.soft_prompts(good, data_seed, starts).values()), dry_run=dry_run)
+    near = [*x.collected().values()] if start == "nearest" else []
+    starts = warm_starts(x, start, good, data_seed, dim) if start and not near else None
+    x.make(chain(*x.soft_prompts(good, data_seed, starts, near).values()), dry_run=dry_run)
     if not dry_run:
         x.report.say(f"results: {x.store.folder}")
 
@@ -270,14 +273,11 @@ def tune(
     Example: ipt tune --task day-next --dim 250 --data-seed 21
     """
     tasks = x.chosen(task, seen, unseen)
-    if space == "prompt":
-        choices = [*x.soft_prompts(x.with_rows(tasks, data_seed), data_seed).values()]
-    else:
-        spaces = [x.choose_subspace(space, one, subspace) for one in dim or [250]]
-        good = x.with_rows(tasks, data_seed)
-        choices = [own for found in spaces for own in x.intrinsic_vectors(good, data_seed, found, start).values()]
-        choices += [tuple(spaces)] * (space != "subspace")
-    x.make(chain(*choices), dry_run=dry_run)
+    spaces = [] if space == "prompt" else [x.choose_subspace(space, one, subspace) for one in dim or [250]]
+    good = x.with_rows(tasks, data_seed)
+    choices = [own for found in spaces for own in x.intrinsic_vectors(good, data_seed, found, start).values()]
+    choices += x.soft_prompts(good, data_seed).values() if space == "prompt" else ()
+    x.make(chain(*choices, spaces if space != "subspace" else ()), dry_run=dry_run)
     if not dry_run:
         x.report.say(f"results: {x.store.folder}")
 
@@ -466,15 +466,16 @@ def tasks_command(
 
     Example: ipt tasks day-next --show
     """
-    names = [x.task(name).name for name in task or x.own or x.roles]
+    tasks = [x.task(name) for name in task or x.own or x.roles]
     if show:
-        for name in names:
-            echo(sample_text(x, name, data_seed))
+        for one in tasks:
+            echo(sample_text(x, one.name, data_seed))
         return
-    echo(tasks_text(x, names).rstrip("\n"))
+    rows = [[one.name, one.kind, one.metric, x.roles.get(one.name), one.source] for one in tasks]
+    echo(table_text("task|kind|metric|role|source", rows).rstrip("\n"))
     if x.options.data and not (task or x.own):
         wanted = split_tasks(load_tasks(x.options.tasks_file), x.options.split, subsets(x.options.tasks_file))
-        for sentence in missing_files(x.options.data, x.tasks, wanted, CROSSFIT_SEEDS):
+        for sentence in missing_files(x.options.data, wanted, CROSSFIT_SEEDS):
             x.report.say(sentence)
 
 

@@ -162,9 +162,7 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
     """
     causal = isinstance(x.backbone.lm, Causal)
     if kind == "peft" and x.backbone.prompt_at == "end":
-        raise IptError(
-            "PEFT puts prompts in front of the input: one behind it cannot be exported; collect with --prompt-at front"
-        )
+        raise IptError("PEFT puts prompts before the input: one behind it cannot be exported; collect with --prompt-at front")
     if kind == "vllm" and (not causal or x.options.backbone.endswith(".gguf")):
         raise IptError("vLLM takes a prompt's embeddings for causal models that are no .gguf file: use --format peft")
     if taken := [f for f in prompts if f.exists() and not (f.is_dir() and (force or not any(f.iterdir())))]:
@@ -173,12 +171,12 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
     base = str((path.parent if path.suffix == ".gguf" else path).resolve()) if path.exists() else x.options.backbone
     template = (Path(__file__).parent / "cards" / f"{kind}.md").read_text(encoding="utf-8")
     scores = [score for score in x.store.found("score")[0] if score.header["stage"] not in ("MSF", "mean", "nearest")]
-    tests = {name: score for score in scores for names in score.header["of"][:1] for name in names}
+    made = {result.name: result for result in (*x.store.found("soft-prompt")[0], *x.store.found("intrinsic-vector")[0])}
+    tested = [(score, [made[name] for name in score.header["of"][0] if name in made]) for score in scores if score.header["of"]]
+    tests = {x.store.best(tuple(of))[0].name: score for score, of in tested if of}  # a score is of the best of its candidates
     for folder, prompt in prompts.items():
-        tensors = {"prompt_embeddings": prompt.soft_prompt} | (
-            {} if prompt.vector is None else {"intrinsic_vector": prompt.vector}
-        )
-        write_file(folder / WEIGHTS, prompt.result.header, prompt.record, tensors)
+        vector = {} if prompt.vector is None else {"intrinsic_vector": prompt.vector}
+        write_file(folder / WEIGHTS, prompt.result.header, prompt.record, {"prompt_embeddings": prompt.soft_prompt} | vector)
         test = x.store.read(tests[prompt.result.name])[0] if prompt.result.name in tests else {"score": "not measured"}
         write_bytes(folder / "README.md", _card(x, prompt, folder, base, template, test).encode())
         config = {

@@ -26,7 +26,7 @@ from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import Choice, Result, Store
 from intrinsic_prompt_tuning.settings import BEHIND, DATA, MACHINE, TESTBED, TESTBED_SETTINGS, TUNING, Setting, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_tasks, has_few_shot_files, kept, rows_digest, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, few_shot_files, find_tasks, kept, rows_digest, split_tasks, subsets
 from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task
 from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
-Start = Literal["random", "seen"]
+Start = Literal["random", "seen", "nearest"]
 MOST_UNKNOWN = 0.2
 """The share of unknown tokens above which a task is said to be in another language than the backbone's."""
 
@@ -89,7 +89,7 @@ class Rates:
     tries: Annotated[
         int,
         TUNING(
-            "Times a task is tuned at each rate, from other starts, its rows in another order; validation chooses.",
+            "Times a task is tuned at each rate, its rows in another order, vectors also from elsewhere; validation chooses.",
             least=1,
             most=100,
         ),
@@ -113,7 +113,7 @@ class Context:
         Raises:
             IptError: a file of tasks or the split is wrong.
         """
-        testbed = given.get("backbone") in (None, TESTBED) and not ((data := given.get("data")) and has_few_shot_files(data))
+        testbed = given.get("backbone") in (None, TESTBED) and not ((data := given.get("data")) and few_shot_files(data))
         known = {name: value for name, value in given.items() if value is not None}
         self.given: dict[str, Any] = (TESTBED_SETTINGS if testbed else {}) | known
         self.options, self.rates = settled(Options, self.given), settled(Rates, self.given)
@@ -136,6 +136,7 @@ class Context:
         self._encoded: dict[tuple[str, int], Sequence[list[Encoded]]] = {}
         self._spaces: dict[str, Space] = {}
         self._collections: dict[tuple[str, ...], Tensor] = {}
+        self.nearest: dict[tuple[Any, ...], list[int]] = {}  # what `nearest_prompts` has found
         self._repeating, self._known_budgets = set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
@@ -150,9 +151,7 @@ class Context:
         wanted = [role for role, asked in (("seen", seen), ("unseen", unseen)) if asked]
         found = list(dict.fromkeys([*(self.task(name).name for name in task or []), *self.named(*wanted)]))
         if wanted and not found:
-            raise IptError(
-                f"the split {self.options.split} has no {' and no '.join(wanted)} tasks; 'ipt tasks' lists what it has"
-            )
+            raise IptError(f"the split {self.options.split} has no {' and no '.join(wanted)} tasks: see 'ipt tasks'")
         return found or self.own or list(self.roles)
 
     def tell(self, command: str, given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
@@ -173,19 +172,17 @@ class Context:
     def backbone(self) -> Backbone:
         """The loaded backbone."""
         o = self.options
-        loaded = load_backbone(
+        return load_backbone(
             o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compile,
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
-        self._known_budgets = _budgets(loaded)
-        return loaded
 
     @cached_property
     def store(self) -> Store:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
         self.backbone.room(self.prompt_length)
         sweep(self.cache)
-        name = Path(self.options.backbone).name if Path(self.options.backbone).exists() else self.options.backbone
+        name = path.resolve().name if (path := Path(self.options.backbone)).exists() else self.options.backbone
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
         store.before_save = self.keep_options  # so that a killed command has left them beside its first result
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
@@ -193,7 +190,7 @@ class Context:
             both = zip((self.backbone.budget, self.backbone.answer_budget), numbers, strict=True)
             known = [replace(own, tokens=max(1, int(tokens)), most=float(most)) for own, (tokens, most) in both]
             self.backbone.budget, self.backbone.answer_budget = known
-            self._known_budgets = _budgets(self.backbone)
+        self._known_budgets = _budgets(self.backbone)
         return store
 
     @property
@@ -298,9 +295,8 @@ class Context:
             known = {row.input for row in (*sample.train, *sample.validation)}
             if (again := sum(row.input in known for row in sample.test)) and task not in self._repeating:
                 self._repeating.add(task)
-                self.report.say(
-                    f"{again} of {len(sample.test)} test rows of {task} are in train or validation (seed {data_seed}), too"
-                )
+                where = f"train or validation (seed {data_seed})"
+                self.report.say(f"{again} of {len(sample.test)} test rows of {task} are in {where}, too")
             self._samples[task, data_seed] = sample
         return self._samples[task, data_seed]
 
@@ -313,10 +309,9 @@ class Context:
             sample, length = self.sample(task, data_seed), self.prompt_length
             known = self.backbone.encode([*sample.train, *sample.validation], prompt_length=length)
             limit = 2 * known[0].answer_limit
-            self._encoded[task, data_seed] = [
-                self.backbone.encode(rows, prompt_length=length, answer_limit=limit) for rows in sample
-            ]
-            if cut := sum(e.truncated for rows in self._encoded[task, data_seed] for e in rows):
+            made = [self.backbone.encode(rows, prompt_length=length, answer_limit=limit) for rows in sample]
+            self._encoded[task, data_seed] = made
+            if cut := sum(e.truncated for rows in made for e in rows):
                 self.report.say(f"{cut} of {sum(map(len, sample))} rows of {task} are cut to {self.backbone.max_length} tokens")
             tokens = [token for row in known for token in row.input_ids]
             unknown = tokens.count(self.backbone.tokenizer.unk_token_id) / len(tokens)

@@ -5,6 +5,7 @@ Gain, which what the model can do anyway cannot inflate; intervals over tasks; t
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -98,15 +99,9 @@ def result_rows(scores: Iterable[Mapping[str, Any]], baseline: Scores, floor: Sc
     spaces = ("subspace", "linear", "random", "random-unscaled", "low-rank", "nearest", "mean", "prompt")
 
     def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        stage = ("MSF" not in row["quantity"], "same" not in row["quantity"], row["quantity"], row["start"] or "")
-        return (
-            spaces.index(row["space"]),
-            -row["dim"],
-            row["subspace"] or "",
-            "train" not in row["quantity"],
-            stage,
-            row["data_seed"],
-        )
+        quantity, space = row["quantity"], (spaces.index(row["space"]), -row["dim"], row["subspace"] or "")
+        stage = ("train" not in quantity, "MSF" not in quantity, "same" not in quantity, quantity, row["start"] or "")
+        return *space, *stage, row["data_seed"]
 
     return sorted(rows, key=order)
 
@@ -131,14 +126,9 @@ def dimensions_needed(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 def _crossing(points: Sequence[tuple[int, float]]) -> float | None:
     """Return the dim at which the gain first reaches RECOVERED."""
-    before: tuple[int, float] | None = None
-    for dim, gain in points:
+    for (low, less), (dim, gain) in itertools.pairwise([points[0], *points]):
         if gain >= RECOVERED:
-            if before is None:
-                return float(dim)
-            share = (RECOVERED - before[1]) / (gain - before[1])
-            return math.exp(math.log(before[0]) + share * (math.log(dim) - math.log(before[0])))
-        before = dim, gain
+            return low * (dim / low) ** ((RECOVERED - less) / (gain - less)) if gain > less else float(dim)
     return None
 
 

@@ -34,17 +34,26 @@ class Experiment(Context):
     """What can be made of a backbone, tasks and a cache, and what has been."""
 
     def soft_prompts(
-        self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, Mapping[str, str]] | None = None
-    ) -> dict[str, Choice]:
-        """Describe soft prompts of tasks (prompt tuning), one per learning rate and try, from the initial prompt or elsewhere."""
+        self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, Mapping[str, str]] | None = None,
+        near: Sequence[Choice] = (),
+    ) -> dict[str, Choice]:  # fmt: skip
+        """Describe soft prompts of tasks (prompt tuning), one per learning rate and try.
+
+        They start from the initial prompt, or as `starts` say, or from the nearest of the prompts `near`, as SPoT does (Vu et
+        al., ACL 2022).
+        """
         numbers, rates, starts = self.prompt_space.dim, self.rates.learning_rate, starts or {}
-        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **starts.get(task, {})) for task in tasks}
-        return {task: self._tuned(header, rates, numbers) for task, header in headers.items()}
+        about = {"start": "nearest", "collection": digest([names(choice) for choice in near])} if near else {}
+        told = {task: {**about, **starts.get(task, {})} for task in tasks}
+        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **own) for task, own in told.items()}
+        return {task: self._tuned(header, rates, numbers, *near) for task, header in headers.items()}
 
     def intrinsic_vectors(
         self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
     ) -> dict[str, Choice]:
         """Describe an intrinsic vector of each task (IST), one per learning rate and try."""
+        if start != "random" and subspace.header["space"] == "low-rank":
+            raise IptError(f"--start {start} needs a space that prompts can be sent into, which a low-rank one is not")
         about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
         headers = {task: self.header("intrinsic-vector", task=task, data_seed=data_seed, **about) for task in tasks}
         rates, numbers = self.rates.vector_learning_rate, subspace.header["dim"]
@@ -56,10 +65,12 @@ class Experiment(Context):
         sample = self.sample(task, header["data_seed"])
         of = {"metric": self.task(task).metric, "data": sample_digest(sample), "tuning": asdict(config)}
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
+        if header.get("start") == "nearest":
+            answered += len(sample.train) * len(inputs if header["kind"] == "soft-prompt" else inputs[0][0].inputs)
         cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers, config.steps)
         choice: Choice = ()
         # The largest rate first: a task that is solved needs nothing else.
-        for rate, number in itertools.product(sorted(rates, reverse=True), range(self.rates.tries)):
+        for rate, number in itertools.product(sorted({*rates}, reverse=True), range(self.rates.tries)):
             about = {"learning_rate": rate} | ({"try": number} if number else {})
             choice += (Result({**header, **of, **about}, inputs, cost, instead_of=choice),)
         return choice
@@ -81,7 +92,8 @@ class Experiment(Context):
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
         steps = config.steps_before + config.subspace_steps if space == "subspace" else 0
-        size = 4 * (n * (dim + config.inner) + dim * config.inner)
+        sizes = {"linear": 2 * n * dim, "low-rank": low_rank(self.prompt_space.initial_prompt, dim) * self.backbone.hidden}
+        size = 4 * sizes.get(space, n * (dim + config.inner) + dim * config.inner)
         return Result(header, tuple(prompts.values()), Cost(rows, 0, rows * length, size, steps))
 
     def _numbers(self, space: SpaceKind, dim: int) -> int:
@@ -102,12 +114,13 @@ class Experiment(Context):
         for subspace in by_name.values():
             if subspace.header["space"] == "subspace":
                 own = dict(zip(subspace.header["prompts"], subspace.inputs, strict=True))
-                wanted += [self._score("MSF", task, own.get(task, choice), (subspace,)) for task, choice in prompts.items()]
+                shown = {task: own.get(task, c) for task, c in prompts.items() if task in own or self.roles[task] != "seen"}
+                wanted += [self._score("MSF", task, choice, (subspace,)) for task, choice in shown.items()]
         for choice in vectors:
             header = choice[0].header
             if header["task"] in prompts:
                 stage = "IST" if "subspace" in header else "two-stage" if header["start"] == "subspace" else "warm start"
-                wanted.append(self._score(stage, header["task"], choice, *choice[0].inputs))
+                wanted.append(self._score(stage, header["task"], choice, *(choice[0].inputs if stage == "IST" else ())))
         return wanted
 
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
@@ -144,9 +157,7 @@ class Experiment(Context):
         prompts = self.soft_prompts(self.with_rows(self.named("seen", "unseen"), COLLECTION_SEED))
         collection = {task: prompts[task] for task in self.with_rows(self.named("seen"), data_seed)}
         if not collection:
-            raise IptError(
-                f"the split {self.options.split} has no seen tasks to find a subspace with; 'ipt tasks' lists what it has"
-            )
+            raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
         kinds: tuple[SpaceKind, ...] = ("subspace", "random")
         spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dims]
         challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
@@ -155,7 +166,7 @@ class Experiment(Context):
         return [*tuned, *spaces], self.scores(prompts, spaces, vectors)
 
     def with_seeds(self, n: int) -> Experiment:
-        """Return the experiment with the n-th next seeds: another initial prompt, other starts, other subspaces."""
+        """Return the experiment with the n-th next seeds: other orders of rows, starts of vectors, subspaces and random words."""
         other = copy.copy(self)  # with the backbone, the rows and the split as they are
         other.options = replace(self.options, seed=self.options.seed + n)
         other.fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
@@ -179,14 +190,8 @@ class Experiment(Context):
 
     # --- Finding them in the cache
 
-    def found(self, kind: str) -> list[Result]:
+    def found(self, kind: str, *, aloud: bool = True) -> list[Result]:
         """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
-        fitting, others = self._fitting(kind)
-        self._say_skipped(kind, others)
-        return fitting
-
-    def _fitting(self, kind: str) -> tuple[list[Result], Counter[str]]:
-        """Return what the cache holds of a kind that was made with these options, and how much with others."""
         results, unusable = self.store.found(kind)
         self.leave_out(unusable)
         shared, others = self.header(kind), Counter[str]()
@@ -204,7 +209,8 @@ class Experiment(Context):
             others[f"another {differs}"] += bool(differs)
             if not differs:
                 fitting.append(result)
-        return fitting, others
+        self._say_skipped(kind, others if aloud else {})
+        return fitting
 
     def _say_skipped(self, kind: str, reasons: Mapping[str, int]) -> None:
         for reason, count in reasons.items():
@@ -259,12 +265,11 @@ class Experiment(Context):
             if not collection.keys() <= seen:
                 others["another split's tasks"] += 1
                 continue
-            there = {task: tuple(prompts[name] for name in own if name in prompts) for task, own in collection.items()}
+            there = [tuple(prompts[name] for name in own if name in prompts) for own in collection.values()]
             # Of a grid, what comes behind a rate that solves a task was never needed.
-            if all(
-                len(there[task]) == len(own) or any(map(self.store.is_solved, there[task])) for task, own in collection.items()
-            ):
-                found.append(Result(result.header, tuple(there.values())))
+            whole = zip(there, collection.values(), strict=True)
+            if all(len(had) == len(own) or any(map(self.store.is_solved, had)) for had, own in whole):
+                found.append(Result(result.header, tuple(there)))
             else:
                 others["soft prompts that are gone"] += 1
         self._say_skipped("subspace", others)
@@ -278,10 +283,11 @@ class Experiment(Context):
         """
         numbers = self._numbers(space, dim)
         found = [s for s in self.found_subspaces() if (s.header["space"], s.header["dim"]) == (space, numbers)]
-        chosen = [subspace for subspace in found if subspace.name.startswith(name)]
+        meant, seen = name or self.options.skip_missing, {*self.named("seen")}
+        chosen = [s for s in found if s.name.startswith(name) and (meant or s.header["prompts"].keys() == seen)]
         if len(chosen) == 1:
             return chosen[0]
-        if not found:
+        if not found or not (chosen or name or space == "subspace"):
             collection = self.collected()
             if space != "subspace" and not name:
                 return self.subspace(space, dim, collection)
@@ -296,12 +302,14 @@ class Experiment(Context):
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
         found: dict[tuple[Any, ...], list[Result]] = {}
         others = Counter[str]()
-        warm = [prompt for prompt in self._fitting("soft-prompt")[0] if "start" in prompt.header]
+        warm = [prompt for prompt in self.found("soft-prompt", aloud=False) if "start" in prompt.header]
         results = [*self.found("intrinsic-vector"), *warm]
         for result in (result for result in results if not tasks or result.header["task"] in tasks):
             header = result.header
             if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
+            elif not tasks and self._is_foreign(header["task"], known[header.get("subspace")]):
+                others["seen tasks in spaces that were made without them"] += 1
             elif header["task"] in self.left_out or not self.with_rows([header["task"]], header["data_seed"]):
                 others["rows that cannot be had"] += 1
             elif not self._is_current(result):
@@ -312,6 +320,10 @@ class Experiment(Context):
                 found.setdefault(key, []).append(Result(header, inputs))
         self._say_skipped("intrinsic-vector", others)
         return [tuple(results) for results in found.values()]
+
+    def _is_foreign(self, task: str, space: Choice) -> bool:
+        """Tell whether the split calls a task seen that is not in a space's collection: that of a smaller split, say."""
+        return self.roles[task] == "seen" and any(task not in subspace.header["prompts"] for subspace in space)
 
     def wanted_scores(self, task: str = "") -> list[Result]:
         """Describe the scores of all that the cache holds of the split's tasks, or of one of them.
@@ -329,7 +341,10 @@ class Experiment(Context):
                 + "".join(f"; {why}" for why in self.left_out.values())
             )
         subspaces = self.found_subspaces()
-        return [s for s in self.scores(prompts, subspaces, self.found_vectors(subspaces)) if task in ("", s.header["task"])]
+        vectors = self.found_vectors(subspaces)
+        alone = sum(len(choice) for choice in vectors if choice[0].header["task"] not in prompts)
+        self._say_skipped("intrinsic-vector", {"tasks without a soft prompt to compare with": alone})
+        return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
 
 
 def differences(subspaces: Sequence[Result]) -> dict[str, str]:

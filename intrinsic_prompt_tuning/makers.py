@@ -15,7 +15,7 @@ from intrinsic_prompt_tuning.files import digest
 from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_subspaces
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.metrics import METRICS
-from intrinsic_prompt_tuning.results import AfterStep, Made, Maker, Result
+from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, names
 from intrinsic_prompt_tuning.spaces import Space, linear_space, low_rank_space, scaled_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
@@ -37,30 +37,29 @@ def makers(x: Context) -> dict[str, Maker]:
 def job_of(x: Context, result: Result, space: Space) -> Job:
     """Return what the engine is to do for a soft prompt or an intrinsic vector."""
     header = result.header
-
-    def rows() -> tuple[list[Encoded], list[Encoded]]:
-        train, validation, _ = x.encoded(header["task"], header["data_seed"])
-        return train, validation
-
+    about = {name: header[name] for name in ("task", "metric", "data_seed", "learning_rate", "seed")}
     return Job(
-        task=header["task"], metric=header["metric"], data_seed=header["data_seed"], learning_rate=header["learning_rate"],
-        number=header.get("try", 0), seed=header["seed"],
-        theta=start_of(x, result, space), rows=rows, unfinished=partial(x.store.unfinished, result),
+        **about, number=header.get("try", 0), theta=start_of(x, result, space), unfinished=partial(x.store.unfinished, result),
+        rows=lambda: x.encoded(header["task"], header["data_seed"])[:2],
     )  # fmt: skip
 
 
 def start_of(x: Context, result: Result, space: Space) -> Tensor:
-    """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or like those of seen tasks."""
+    """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or near those of seen tasks."""
     header = result.header
+    collection = result.inputs if result.kind == "soft-prompt" else result.inputs[0][0].inputs
     if "start_prompt" in header:
         return space.project(x.starts[header["start_prompt"]][None])[0]
     if "start" not in header:
         return torch.zeros(space.dim)
+    if header["start"] == "nearest":  # the n-th try from the n-th nearest
+        found = nearest_prompts(x, collection, header["task"], header["data_seed"], x.rates.tries)
+        return space.project(found[header.get("try", 0) % len(found)][None])[0]
     seed = digest({name: header[name] for name in ("task", "data_seed", "seed", "try") if name in header})
     generator = torch.Generator().manual_seed(int(seed, 16) % 2**63)
-    if header["start"] == "random" or header["space"] == "low-rank":
+    if header["start"] == "random":
         return 0.02 * torch.randn(space.dim, generator=generator)
-    seen = space.project(x.prompts(result.inputs[0][0].inputs))
+    seen = space.project(x.prompts(collection))
     mix = torch.randn(len(seen), generator=generator).to(seen) / math.sqrt(len(seen))
     return seen.mean(0) + mix @ (seen - seen.mean(0))  # normal, with the seen vectors' mean and covariance
 
@@ -165,7 +164,8 @@ def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[st
             continue
         state = x.store.unfinished(score)
         said[score] = json.loads(bytes(state["said"].tolist())) if state else []
-        prompt = nearest_prompts(x, score)[0] if stage == "nearest" else x.soft_prompt(score)
+        near = stage == "nearest"
+        prompt = nearest_prompts(x, score.inputs, task, COLLECTION_SEED)[0] if near else x.soft_prompt(score)
         yield from ((score, prompt, row) for row in x.encoded(task, COLLECTION_SEED)[2][len(said[score]) :])
 
 
@@ -201,9 +201,32 @@ def _one_answer(sample: Sample, metric: str) -> list[str]:
     return [max(known, key=lambda answer: METRICS[metric]([answer] * len(references), references))] * len(sample.test)
 
 
-def nearest_prompts(x: Context, score: Result) -> Tensor:
-    """Return the seen tasks' prompts, that with the least loss on the training rows of a score's task first: retrieval."""
-    prompts, (train, *_) = x.prompts(score.inputs), x.encoded(score.header["task"], COLLECTION_SEED)
-    pairs = [(at, row) for at in range(len(prompts)) for row in train]
-    losses = torch.tensor([answer.loss for answer in x.backbone.answer(prompts, pairs, decoding=None)]).nan_to_num(math.inf)
-    return prompts[losses.view(len(prompts), -1).mean(1).argsort(stable=True)]
+def nearest_prompts(x: Context, collection: Sequence[Choice], task: str, data_seed: int, count: int = 1) -> Tensor:
+    """Return the prompts of a collection with the least losses on a task's training rows, the least first: retrieval."""
+    prompts, (train, *_) = x.prompts(collection), x.encoded(task, data_seed)
+    key = task, data_seed, digest([names(choice) for choice in collection])
+    if len(x.nearest.get(key, ())) < min(count, len(prompts)):
+        x.nearest[key] = _nearest(x, prompts, train, count)
+    return prompts[x.nearest[key][:count]]
+
+
+def _nearest(x: Context, prompts: Tensor, train: Sequence[Encoded], count: int) -> list[int]:
+    """Find the numbers of the prompts with the least losses.
+
+    A loss grows with every row. So a prompt that has lost more on some rows than `count` others on all of them is out.
+    """
+    losses, every, piece = torch.zeros(len(prompts), len(train)), list(range(len(prompts))), -(-len(train) // 8)
+
+    def look(which: list[int], rows: slice) -> None:
+        pairs = [(at, row) for at in which for row in train[rows]]
+        found = torch.tensor([answer.loss for answer in x.backbone.answer(prompts, pairs, decoding=None)]).nan_to_num(math.inf)
+        losses[which, rows] = found.view(len(which), -1)
+
+    look(every, slice(piece))
+    first = losses.sum(1).argsort(stable=True)[:count].tolist()
+    look(first, slice(piece, None))
+    most, others = losses[first].sum(1).max(), [at for at in every if at not in first]
+    for begin in range(piece, len(train), piece):
+        if others := [at for at in others if losses[at].sum() <= most]:
+            look(others, slice(begin, begin + piece))
+    return sorted([*first, *others], key=lambda at: float(losses[at].mean()))[:count]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping
 from html import escape
@@ -16,7 +16,7 @@ import yaml
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
-from intrinsic_prompt_tuning.report import report_text
+from intrinsic_prompt_tuning.report import cell_text, report_text
 from intrinsic_prompt_tuning.settings import versions
 from intrinsic_prompt_tuning.tasks.checks import read_mapping
 
@@ -33,10 +33,13 @@ def make_page(x: Experiment, report: Mapping[str, Any], pictures: Mapping[str, b
         *x.left_out.values(),
         *(f"{task}: no soft prompt in the cache" for task in x.roles if task not in {*x.left_out, *tuned}),
     ]
+    images = [
+        f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">' for name, svg in pictures.items()
+    ]
     failed += [f"{task}: prompt tuning is no better than no prompt" for task in report["no_better_than_no_prompt"]]
     sections = {
         "Scores": f"<pre>{escape(report_text(told, wide=False))}</pre>",
-        "Pictures": "".join(_image(name, svg) for name, svg in pictures.items()) or "<p>None could be drawn.</p>",
+        "Pictures": "".join(images) or "<p>None could be drawn.</p>",
         "What was run": f"<p>{escape(versions())}; backbone {x.store.fingerprint}</p><pre>{escape(_options(x))}</pre>",
         "Tasks that failed": f"<ul>{''.join(f'<li>{escape(why)}</li>' for why in failed or ['none'])}</ul>",
         "Scores of every task": "".join(f"<h3>{role} tasks</h3>{_table(rows)}" for role, rows in _by_task(x, report).items()),
@@ -84,13 +87,5 @@ def _table(rows: list[dict[str, Any]]) -> str:
     """Return rows as a table that is sorted by a click on a head, and scrolls in a box of its own."""
     heads = dict.fromkeys(name for row in rows for name in row)
     top = "".join(f"<th><button>{escape(name)}</button></th>" for name in heads)
-    body = "\n".join("<tr>" + "".join(f"<td>{_cell(row.get(name))}</td>" for name in heads) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell_text(row.get(name)))}</td>" for name in heads) + "</tr>" for row in rows)
     return f"<div><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-
-
-def _image(name: str, svg: bytes) -> str:
-    return f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'

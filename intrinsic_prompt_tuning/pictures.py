@@ -30,6 +30,7 @@ SPACES = {
     "mean": ("mean seen prompt", "#000000", "X"),
 }  # fmt: skip
 """Space -> what a legend calls it, its colour, its marker."""
+STARTS = {"seen": ", start as seen", "nearest": ", start nearby"}
 COLOURS, STROKES = [colour for _, colour, _ in SPACES.values()], ("-", "--", ":", "-.")
 QUANTITIES = {"e_rel": "E_rel (1: prompt tuning)", "gain": "gain (0: no prompt, 1: prompt tuning)"}
 STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
@@ -100,7 +101,7 @@ def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[st
         shown, msf = {**row, "seen_tasks": seen[row["subspace"]]}, "(MSF)" in row["quantity"]
         if shown["seen_tasks"] != most if across == "dim" else msf or "T_train" in row["quantity"]:
             continue
-        label = SPACES[row["space"]][0] + ", there and back (MSF)" * msf + ", start as seen" * (row["start"] == "seen")
+        label = SPACES[row["space"]][0] + ", there and back (MSF)" * msf + STARTS.get(row["start"], "")
         label += f", dim {row['dim']}" if row["dim"] and across != "dim" else ""
         if any((other["quantity"], other[across]) == (row["quantity"], shown[across]) for other in found.get(label, ())):
             label += f", data seed {row['data_seed']}, {row['subspace'][:8]}"  # as the table tells apart what is alike
@@ -142,10 +143,8 @@ def _panel(ax: Any, drawn: Mapping[str, Sequence[Row]], quantity: Quantity, acro
     log, numbers, nth = across == "dim", sorted({row[across] for own in drawn.values() for row in own}), dict.fromkeys(SPACES, 0)
     places = {number: float(number) or numbers[1] / 3 for number in numbers}  # a logarithm has no 0
     for n, (label, own) in enumerate(drawn.items()):
-        line, space = (
-            sorted(own, key=lambda row: int(row[across])),
-            next(key for key in SPACES if label.startswith(SPACES[key][0])),
-        )
+        line = sorted(own, key=lambda row: int(row[across]))
+        space = next(key for key in SPACES if label.startswith(SPACES[key][0]))
         (_, colour, marker), again, aside = SPACES[space], nth[space], n - (len(drawn) - 1) / 2
         step = [
             places[row[across]] * 1.045**aside if log else places[row[across]] + aside * (numbers[-1] - numbers[0]) / 90
@@ -184,16 +183,16 @@ def tuned_vectors(x: Experiment, scores: Iterable[Result], dim: int | None) -> t
     """
     found: dict[tuple[int, str], dict[str, Choice]] = {}
     choices = [score.inputs[0] for score in scores if (score.header["stage"], score.header.get("space")) == ("IST", "subspace")]
-    for choice in sorted(choices, key=lambda it: (it[0].header["start"] == "seen", it[0].header["data_seed"] != COLLECTION_SEED)):
+    for choice in sorted(
+        choices, key=lambda it: (it[0].header["start"] != "random", it[0].header["data_seed"] != COLLECTION_SEED)
+    ):
         header = choice[0].header
         if dim in (None, header["dim"]):
             found.setdefault((header["dim"], header["subspace"]), {}).setdefault(header["task"], choice)
     own = found[max(found, key=lambda key: (len(found[key]), key))] if found else {}
     if len(own) < 3:
         of_dim = f" of dim {dim}" if dim else ""
-        raise IptError(
-            f"the cache holds {len(own)} tasks tuned in one learned subspace{of_dim}, expected 3: run 'ipt tune' first"
-        )
+        raise IptError(f"the cache holds {len(own)} tasks tuned in one learned subspace{of_dim}, expected 3: run 'ipt tune'")
     vectors = np.stack([x.store.best(choice)[2]["intrinsic_vector"].double().numpy() for choice in own.values()])
     return vectors, list(own), [x.task(task).kind for task in own], [x.roles[task].split("-")[0] for task in own]
 

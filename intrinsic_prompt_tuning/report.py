@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -126,9 +126,8 @@ def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     heads = "quantity|space|dim|runs|E_rel|gain|mean score|one task's deviation"
     cells = [[*(row[n] for n in ("quantity", "space", "dim", "n_runs")), *(both(row, n) for n in ("e_rel", "gain", "mean_score")),
               row["task_sd"]] for row in rows]  # fmt: skip
-    return "over runs with other starts, orders of rows, subspaces and data: mean +- standard deviation\n\n" + table_text(
-        heads, cells
-    )
+    title = "over runs with other orders of rows, starts of vectors, subspaces and data: mean +- standard deviation"
+    return f"{title}\n\n{table_text(heads, cells)}"
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
@@ -139,35 +138,30 @@ def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
         bounds = f" [{low:.3f} {high:.3f}]" if low is not None and high is not None else ""
         return "-" if row[name] is None else f"{row[name]:.3f}{bounds}"
 
-    def cell(name: str) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda row: row[name][:8] if name == "subspace" and row[name] else row[name]
-
     alike = len({(row["quantity"], row["space"], row["dim"]) for row in rows}) < len(rows)
     shown = ["quantity", "space", "dim", "numbers"] + (["start", "data_seed", "subspace"] if wide or alike else [])
-    columns = {name.replace("_", " "): cell(name) for name in shown}
-    columns |= {"n": lambda row: row["n_tasks"], "E_rel": lambda row: interval(row, "e_rel")}
-    if wide:
-        columns |= {"excluded": lambda row: row["n_excluded"], "median": lambda row: row["median_ratio"],
-                    "ratio of means": lambda row: row["ratio_of_means"], "candidates": lambda row: row["candidates"]}  # fmt: skip
-    columns["gain"] = lambda row: interval(row, "gain") if wide else row["gain"]
-    columns["mean / prompt tuning"] = lambda row: f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
-    return table_text("|".join(columns), [[show(row) for show in columns.values()] for row in rows]) if rows else ""
+    shown += ["n_tasks", "e_rel"] + (["n_excluded", "median_ratio", "ratio_of_means", "candidates"] if wide else [])
+    heads = {"n_tasks": "n", "e_rel": "E_rel", "n_excluded": "excluded", "median_ratio": "median"}
+    cells = []
+    for row in rows:
+        told = {**row, "subspace": row["subspace"] and row["subspace"][:8], "e_rel": interval(row, "e_rel")}
+        gain, means = interval(row, "gain") if wide else row["gain"], f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
+        cells.append([*(told[name] for name in shown), gain, means])
+    names = [*(heads.get(name, name.replace("_", " ")) for name in shown), "gain", "mean / prompt tuning"]
+    return table_text("|".join(names), cells) if rows else ""
+
+
+def cell_text(value: Any) -> str:
+    """Write what stands in a table."""
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def table_text(heads: str, rows: Sequence[Sequence[Any]]) -> str:
     """Write rows under heads, columns as wide as they need to be, and an empty line."""
-    shown = [heads.split("|")] + [
-        ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows
-    ]
+    shown = [heads.split("|"), *([cell_text(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     return "\n".join(lines) + "\n\n"
-
-
-def tasks_text(x: Experiment, names: Iterable[str]) -> str:
-    """List tasks, a line each."""
-    tasks = [x.task(name) for name in names]
-    return table_text("task|kind|metric|role|source", [[t.name, t.kind, t.metric, x.roles.get(t.name), t.source] for t in tasks])
 
 
 def sample_text(x: Experiment, name: str, data_seed: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,9 +49,8 @@ def tuned_prompts(
     choices = {task: [choice for choice in found if choice[0].header["task"] == task] for task in tasks}
     missing = [task for task, own in choices.items() if not own]
     if missing and (not some or len(missing) == len(choices)):
-        what, command = (
-            ("vector", "tune") if source == "vector" else ("prompt or vector" if source == "best" else "prompt", "collect")
-        )
+        what = {"best": "prompt or vector", "vector": "vector"}.get(source, "prompt")
+        command = "tune" if source == "vector" else "collect"
         told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in like.items() if source == "vector")
         raise IptError(
             f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run 'ipt {command} --task {missing[0]}{told}' with "
@@ -79,7 +79,9 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
     elif Path(start).exists():
         found, start = dict.fromkeys(tasks, read_prompt(x, Path(start), None)), "file"
     else:
-        raise IptError(f"--start is '{start}', expected subspace, a task, or a file that is there{nearest(start, x.tasks)}")
+        raise IptError(
+            f"--start is '{start}', expected subspace, nearest, a task, or a file that is there{nearest(start, x.tasks)}"
+        )
     x.starts |= {own.result.name: own.soft_prompt for own in found.values()}
     return {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
 
@@ -105,32 +107,24 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
         lines: inputs, as `parse_input` reads them; a line that cannot be read gives a prediction with an error.
         default: the task of a line that names none.
     """
-    tasks, names, length = {name: x.task(name) for name in prompts}, list(prompts), x.prompt_length
+    tasks, names, numbered = {name: x.task(name) for name in prompts}, list(prompts), enumerate(lines, 1)
     known = {name: p.record if "answer_limit" in p.record else x.answering(name, COLLECTION_SEED) for name, p in prompts.items()}
-    batch: list[tuple[int, Encoded] | Prediction] = []
-    for number, line in enumerate(lines, 1):
-        text = line.strip("\ufeff\r\n")
+    stacked = torch.stack([prompt.soft_prompt for prompt in prompts.values()])
+
+    def read(number: int, text: str) -> tuple[int, Encoded] | Prediction:
         try:
             task, example = parse_input(tasks, default, text)
             example = replace(example, options=example.options or tuple(known[task]["options"]))
-            (row,) = x.backbone.encode([example], prompt_length=length, answer_limit=known[task]["answer_limit"])
-            batch.append((names.index(task), row))
+            limit = known[task]["answer_limit"]
+            return names.index(task), x.backbone.encode([example], prompt_length=x.prompt_length, answer_limit=limit)[0]
         except IptError as error:
-            batch.append(Prediction(default, text, error=f"line {number}: {error}"))
-        if len(batch) == 64:
-            yield from _answered(x, prompts, batch)
-            batch = []
-    yield from _answered(x, prompts, batch)
+            return Prediction(default, text, error=f"line {number}: {error}")
 
-
-def _answered(
-    x: Experiment, prompts: dict[str, TunedPrompt], batch: Sequence[tuple[int, Encoded] | Prediction]
-) -> Iterator[Prediction]:
-    rows = [item for item in batch if not isinstance(item, Prediction)]
-    stacked = torch.stack([prompt.soft_prompt for prompt in prompts.values()])
-    answers = iter(x.backbone.answer(stacked, rows, decoding=x.options.decoding, losses=False))
-    for item in batch:
-        yield item if isinstance(item, Prediction) else _prediction(list(prompts)[item[0]], item[1].example, next(answers))
+    while batch := [read(number, line.strip("\ufeff\r\n")) for number, line in itertools.islice(numbered, 64)]:
+        rows = [item for item in batch if not isinstance(item, Prediction)]
+        answers = iter(x.backbone.answer(stacked, rows, decoding=x.options.decoding, losses=False))
+        for item in batch:
+            yield item if isinstance(item, Prediction) else _prediction(names[item[0]], item[1].example, next(answers))
 
 
 def _prediction(task: str, example: Example, answer: Answer) -> Prediction:

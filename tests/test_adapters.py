@@ -26,7 +26,7 @@ from test_causal import plain_logits, save_model
 from intrinsic_prompt_tuning.adapters import CONFIG, WEIGHTS
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.passes import FEW, IGNORE
+from intrinsic_prompt_tuning.passes import FEW
 from intrinsic_prompt_tuning.tasks import Example, World
 
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
@@ -136,7 +136,7 @@ def peft_logits(model: Any, row: Any) -> torch.Tensor:
     with torch.inference_mode():
         if model.config.is_encoder_decoder:
             # As wide as our path makes them: a CPU rounds smaller products in another way.
-            labels = torch.nn.functional.pad(target, (0, max(0, FEW - target.shape[1])), value=IGNORE)
+            labels = torch.nn.functional.pad(target, (0, max(0, FEW - target.shape[1])), value=-100)
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).logits[0, : target.shape[1]]
         both = torch.cat([ids, target], dim=1)
         return model(input_ids=both, attention_mask=torch.ones_like(both)).logits[0, -target.shape[1] - 1 : -1]
@@ -209,6 +209,20 @@ def test_a_card_of_a_vector_tells_its_subspace_and_a_test_score(places: Callable
     for source, quantity in (("vector", "T_train_same(IST)"), ("prompt", "prompt tuning")):
         (score,) = [s["value"] for s in scores if s["task"] == TASK and s["quantity"] == quantity]
         assert f"- test score: {score}\n" in (tmp_path / source / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_tells_the_test_score_of_its_own_prompt(empty: Place, tmp_path: Path) -> None:
+    """A score is of the best of a grid, and says nothing of the others."""
+    empty.good("collect", "--seen", *SHORT, "--learning-rate", 0.3, "--learning-rate", 1e-7)
+    empty.good("eval")
+    best = max(empty.prompts().values(), key=lambda one: (one["record"]["validation"], -one["record"]["validation_loss"]))
+    told = {}
+    for path in empty.cache.glob(f"*/soft-prompts/{TASK}-*.safetensors"):
+        empty.good("export", "--task", TASK, "--from", path, "--out", tmp_path / path.stem)
+        told[path.stem] = "not measured" in (tmp_path / path.stem / "README.md").read_text(encoding="utf-8")
+    assert len(told) == 2 and [name for name, missing in told.items() if not missing] == [
+        name for name, one in empty.prompts().items() if one is best or one["header"] == best["header"]
+    ]
 
 
 def test_all_tasks_that_have_something_are_exported_at_once(t5_place: Place, empty: Place, tmp_path: Path) -> None:
@@ -488,7 +502,7 @@ def copied(t5_place: Place, shared_options: list[object], tmp_path: Path) -> Pla
     return Place(shared_options, t5_place.folder, tmp_path / "copied")
 
 
-@pytest.mark.parametrize("start", ["subspace", "mood-good", "file"])
+@pytest.mark.parametrize("start", ["subspace", "nearest", "mood-good", "file"])
 def test_tuning_starts_where_it_is_told(copied: Place, tmp_path: Path, start: str) -> None:
     before = set(copied.prompts())
     if start == "file":
@@ -501,6 +515,9 @@ def test_tuning_starts_where_it_is_told(copied: Place, tmp_path: Path, start: st
     if start == "subspace":
         copied.good("export", "--task", TASK, "--from", "vector", "--out", tmp_path / "v")
         wanted = safetensors.torch.load_file(tmp_path / "v" / WEIGHTS)["prompt_embeddings"]
+    elif start == "nearest":
+        seen = [one["prompt"] for task in ("mood-good", "animal-class", TASK) for one in copied.prompts(task).values()]
+        wanted = min((one for one in seen if one is not found["prompt"]), key=lambda one: float((one - found["prompt"]).norm()))
     else:
         (wanted,) = (one["prompt"] for one in copied.prompts("mood-good" if start == "mood-good" else "animal-class").values())
     torch.testing.assert_close(found["prompt"], wanted, rtol=1e-5, atol=1e-6)
@@ -509,19 +526,24 @@ def test_tuning_starts_where_it_is_told(copied: Place, tmp_path: Path, start: st
         and "plan: 0 soft prompts" in copied.good("collect", "--task", TASK, "--start", path, *still).err
     )
     (first,) = (one for name, one in copied.prompts().items() if name in before)
-    assert not torch.allclose(first["prompt"], found["prompt"], atol=1e-3)
+    assert start == "nearest" or not torch.allclose(first["prompt"], found["prompt"], atol=1e-3)
 
 
 def test_eval_tells_warm_starts_from_prompt_tuning(copied: Place) -> None:
     baseline = json.loads(copied.good("eval", "--json", "--per-task").out)
     copied.good("collect", "--task", TASK, "--start", "subspace", *SHORT)
     copied.good("collect", "--task", TASK, "--start", TASK, *SHORT)
+    copied.good("collect", "--task", TASK, "--start", "nearest", *SHORT)
     told = json.loads(copied.good("eval", "--json", "--per-task").out)
     assert [s for s in told["scores"] if s["quantity"] == "prompt tuning"] == [
         s for s in baseline["scores"] if s["quantity"] == "prompt tuning"
     ]
     rows = {(row["quantity"], row["start"]): row for row in told["rows"] if row["space"] == "prompt"}
-    assert set(rows) == {("T_train_same(two-stage)", "subspace"), ("T_train_same(warm start)", TASK)}
+    assert set(rows) == {
+        ("T_train_same(two-stage)", "subspace"),
+        ("T_train_same(warm start)", TASK),
+        ("T_train_same(warm start)", "nearest"),
+    }
     assert all(row["n_tasks"] + row["n_excluded"] == 1 and row["dim"] == 48 for row in rows.values())
     assert [row for row in told["rows"] if row["space"] != "prompt"] == baseline["rows"]
     assert "T_train_same(two-stage)" in copied.good("eval").out
@@ -543,7 +565,7 @@ def test_a_start_that_is_not_there_is_said(empty: Place, t5_place: Place) -> Non
         "collect", "--task", TASK, "--start", "subspace"
     )
     assert "run 'ipt collect --task mood-good'" in empty.refused("collect", "--task", TASK, "--start", "mood-good")
-    assert "expected subspace, a task, or a file that is there; did you mean 'mood-good'" in empty.refused(
+    assert "expected subspace, nearest, a task, or a file that is there; did you mean 'mood-good'" in empty.refused(
         "collect", "--task", TASK, "--start", "mood-god"
     )
     assert "data-seed 21 --dim 9'" in t5_place.refused(

@@ -543,7 +543,7 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(
     left = [path.suffix for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
     # The last job had not taken a step.
     assert (left.count(".safetensors"), left.count(".unfinished")) == {3: (0, 3), 8: (3, 3), 13: (6, 0)}[call]
-    assert not list((tmp_path / "cache").glob("*/claims"))
+    assert not list((tmp_path / "cache").glob("*/.claims"))
     assert_done(cli("collect", *SHORT, "--slots", 3))
     assert files_in(tmp_path / "cache") == uninterrupted
 
@@ -682,7 +682,7 @@ def test_two_collections_on_one_cache_at_once_give_every_file_once(
     left = files_in(tmp_path / "cache")
     assert left.keys() == uninterrupted.keys()
     assert_same_tensors(left, uninterrupted)
-    assert not list((tmp_path / "cache").glob("*/claims"))
+    assert not list((tmp_path / "cache").glob("*/.claims"))
 
 
 # --- Tasks ---------------------------------------------------------------------------------------
@@ -758,6 +758,28 @@ def test_options_come_from_flags_then_the_environment_then_a_file_then_defaults(
     }  # fmt: skip
 
 
+def test_an_option_of_a_file_may_have_a_command_s_name(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IPT_CACHE")
+    (tmp_path / "mine.yaml").write_text(f"cache: {tmp_path / 'own'}\nreport: {{quantity: gain}}\n", encoding="utf-8")
+    assert_done(cli("collect", *SHORT, "--task", "mood-good", "--config", tmp_path / "mine.yaml"))
+    assert list((tmp_path / "own").glob("*/soft-prompts/*"))
+
+
+def test_what_is_tuned_as_prompts_is_reproduced_by_its_file(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt"))
+    (kept,) = (tmp_path / "cache" / "commands").iterdir()
+    assert "plan: 0 soft prompts to make" in assert_done(run_ipt("tune", "--config", kept, "--dry-run")).err
+
+
+def test_a_backbone_in_the_folder_of_the_command_has_a_name(
+    cli: Cli, t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(t5_folder)
+    assert_done(cli("collect", *SHORT, "--task", "mood-good", "--backbone", "."))
+    (path,) = (tmp_path / "cache").glob("*/soft-prompts/*")
+    assert path.parents[1].name.startswith(f"{t5_folder.name}-")
+
+
 def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_done(cli("collect", *SHORT, "--task", "mood-good"))
     monkeypatch.setenv("IPT_JSON", "1")
@@ -767,6 +789,12 @@ def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, 
     assert_done(cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt"))
     rates = [read_header(path)["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
     assert sorted(rates) == [0.25, 0.3]
+
+
+def test_several_values_of_a_variable_stand_apart_by_spaces(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPT_LEARNING_RATE", "0.1 0.3")
+    assert_done(cli("collect", *SHORT, "--task", "mood-good"))
+    assert {read_header(path)["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")} == {0.1, 0.3}
 
 
 @pytest.mark.parametrize("command", [command.name for command in ipt.app.registered_commands])
@@ -984,7 +1012,7 @@ def test_a_loss_that_is_not_finite_names_task_step_and_learning_rate(cli: Cli, c
     result = cli("collect", *SHORT, "--task", "count-next", "--learning-rate", "1e39")
     assert_one_error(result, r"count-next .*learning rate 1e\+39", r"by step \d")
     assert not list(cache_folder.rglob("*.safetensors"))
-    assert not list(cache_folder.glob("*/claims"))
+    assert not list(cache_folder.glob("*/.claims"))
 
 
 def test_a_file_made_with_another_backbone_is_left_out_by_name_and_stays(
@@ -1224,7 +1252,7 @@ def test_a_terminated_command_saves_what_is_under_way_and_exits_with_143(shared_
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        while not list(tmp_path.glob("*/claims")):
+        while not list(tmp_path.glob("*/.claims")):
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(2)
@@ -1234,4 +1262,4 @@ def test_a_terminated_command_saves_what_is_under_way_and_exits_with_143(shared_
         process.kill()
     assert process.returncode == 143, told
     assert "stopped: what is done is kept" in told
-    assert list(tmp_path.glob("*/soft-prompts/*.unfinished")) and not list(tmp_path.glob("*/claims"))
+    assert list(tmp_path.glob("*/soft-prompts/*.unfinished")) and not list(tmp_path.glob("*/.claims"))

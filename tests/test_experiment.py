@@ -7,7 +7,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +17,17 @@ import torch
 from conftest import TASKS_FILE
 from torch import Tensor
 
+from intrinsic_prompt_tuning.backbone import Answer
 from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.errors import IptError, UnreachableError
 from intrinsic_prompt_tuning.experiment import Experiment, differences
 from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
-from intrinsic_prompt_tuning.makers import job_of, start_of
+from intrinsic_prompt_tuning.makers import _nearest, job_of, start_of
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.reporter import Reporter
-from intrinsic_prompt_tuning.results import Choice, Cost, Made, Result
+from intrinsic_prompt_tuning.results import Choice, Cost, Made, Result, stages
 from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS, settled
 from intrinsic_prompt_tuning.spaces import linear_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample, load_tasks
@@ -151,6 +154,7 @@ def test_what_fits_into_memory_is_remembered_for_the_next_command(x: Experiment,
 
 @pytest.mark.parametrize("content", ["", "null", "[[1, 2]]", '[["a", 1], [2, 3]]', "[[1], [2]]"])
 def test_budgets_that_cannot_be_read_are_found_out_again(x: Experiment, build: Build, content: str) -> None:
+    assert not list(x.store.folder.glob("budgets/*"))
     x.backbone.budget.tokens = 123
     x.remember_budgets()
     (file,) = x.store.folder.glob("budgets/*")
@@ -450,6 +454,42 @@ def test_intrinsic_vectors_start_by_the_paper_s_rule_or_like_the_seen_tasks_vect
     assert float((torch.cov(near.T) - covariance).norm() / covariance.norm()) < 0.25
 
 
+def test_what_starts_nearby_starts_at_the_seen_prompts_with_the_least_losses_a_try_each(x: Experiment, build: Build) -> None:
+    subspace, by = save_subspace(x, save_prompts(x), dim=20), build(tries=7)
+    collection, train = by.found_prompts(by.named("seen")), x.encoded("even-or-good", 21)[0]
+    prompts = torch.stack([made_up(x)[task] for task in collection])
+    losses = [sum(a.loss for a in x.backbone.answer(prompt[None], [(0, row) for row in train])) for prompt in prompts]
+    order = sorted(range(5), key=losses.__getitem__)
+    near = [by.soft_prompts(["even-or-good"], 21, near=[*collection.values()])["even-or-good"],
+            by.intrinsic_vectors(["even-or-good"], 21, subspace, "nearest")["even-or-good"]]  # fmt: skip
+    for choice, space in zip(near, (x.prompt_space, x.space(subspace)), strict=True):
+        assert len(choice) == 7 and len({result.name for result in choice}) == 7
+        for result, at in zip(choice, (*order, *order[:2]), strict=True):
+            torch.testing.assert_close(start_of(by, result, space), space.project(prompts[[at]])[0])
+    assert [stage[0].header.get("start") for stage in stages([*near[0], *chain(*collection.values())], ["soft-prompt"])] == [
+        None, "nearest",
+    ]  # fmt: skip
+    with pytest.raises(IptError, match="--start nearest needs a space that prompts can be sent into"):
+        x.intrinsic_vectors(["even-or-good"], 21, x.subspace("low-rank", 38, collection), "nearest")
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_the_nearest_are_found_without_all_rows_of_all_prompts(count: int) -> None:
+    losses, asked = torch.rand(20, 33, generator=torch.Generator().manual_seed(count)), list[Any]()
+    losses[:4] /= 8
+    losses[4, 5] = math.nan
+
+    def answer(prompts: Tensor, pairs: list[Any], *, decoding: None) -> list[Answer]:
+        asked.extend(pairs)
+        return [Answer("", float(losses[pair])) for pair in pairs]
+
+    x: Any = SimpleNamespace(backbone=SimpleNamespace(answer=answer))
+    rows: Any = range(33)
+    found = _nearest(x, torch.zeros(20, 1, 1), rows, count)
+    assert found == losses.nan_to_num(math.inf).mean(1).argsort().tolist()[:count]
+    assert len(asked) == len(set(asked)) and (len(asked) < 20 * 33 / 2 if count < 20 else len(asked) == 20 * 33)
+
+
 def test_a_start_changes_with_task_and_seeds_and_not_with_learning_rate_space_or_configuration(
     x: Experiment, build: Build
 ) -> None:
@@ -694,6 +734,55 @@ def test_of_several_subspaces_one_must_be_named_and_what_differs_is_told(x: Expe
         x.choose_subspace("subspace", 6, "zz")
 
 
+def test_a_space_of_fewer_seen_tasks_is_not_taken_for_that_of_all(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    few = {task: prompts[task] for task in ("mood-good", "animal-class")}
+    small = save_subspace(x, few)
+    with pytest.raises(IptError, match=f"holds 1 subspaces of dim 6: name one with --subspace: {small.name[:8]}"):
+        x.choose_subspace("subspace", 6, "")
+    assert x.choose_subspace("subspace", 6, small.name[:4]).name == small.name
+    assert build(skip_missing=True).choose_subspace("subspace", 6, "").name == small.name
+    linear = x.subspace("linear", 1, few)
+    x.make([linear])
+    assert x.choose_subspace("linear", 1, "").name == x.subspace("linear", 1, prompts).name != linear.name
+    whole = save_subspace(x, prompts)
+    assert x.choose_subspace("subspace", 6, "").name == whole.name
+
+
+def test_a_seen_task_is_not_scored_in_a_space_that_was_made_without_it(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    small = save_subspace(x, {task: prompts[task] for task in ("mood-good", "animal-class")})
+    for task in ("mood-good", "count-next"):
+        (choice,) = x.intrinsic_vectors([task], 100, small).values()
+        save(x, choice, {"intrinsic_vector": torch.zeros(6)})
+    other = build()
+    scores = other.wanted_scores()
+    assert {score.header["task"] for score in scores if score.header["stage"] == "MSF"} == {"mood-good", "animal-class"}
+    assert [score.header["task"] for score in scores if score.header["stage"] == "IST"] == ["mood-good"]
+    assert told(other)[-1] == "not used: 1 intrinsic vectors of seen tasks in spaces that were made without them"
+
+
+def test_a_vector_of_a_task_that_has_no_prompt_to_compare_with_is_said(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    (choice,) = x.intrinsic_vectors(["even-or-good"], 100, subspace).values()
+    save(x, choice, {"intrinsic_vector": torch.zeros(6)})
+    other = build()
+    assert "even-or-good" not in {score.header["task"] for score in other.wanted_scores()}
+    assert told(other) == ["not used: 1 intrinsic vectors of tasks without a soft prompt to compare with"]
+
+
+def test_a_rate_that_is_given_twice_is_one(build: Build) -> None:
+    (choice,) = build(learning_rate=[0.3, 0.1, 0.3]).soft_prompts(["mood-good"]).values()
+    assert [result.header["learning_rate"] for result in choice] == [0.3, 0.1]
+
+
+@pytest.mark.parametrize("kind", ["subspace", "linear", "low-rank", "random"])
+def test_a_plan_tells_about_how_large_the_file_of_a_space_will_be(x: Experiment, kind: Any) -> None:
+    space = x.subspace(kind, 4, save_prompts(x))
+    x.make([space])
+    assert 0 < x.store.path(space).stat().st_size - space.cost.size < 8000  # a header, biases
+
+
 def test_a_space_that_needs_no_learning_is_described_where_the_cache_has_none(x: Experiment) -> None:
     prompts = save_prompts(x)
     for kind in ("linear", "random", "random-unscaled"):
@@ -790,6 +879,7 @@ def test_a_vector_s_file_with_other_tensors_is_refused_wherever_it_is_used(x: Ex
 
 
 def test_a_note_of_no_pass_size_at_all_ends_nothing(x: Experiment, build: Build) -> None:
+    assert x.store
     x.backbone.budget.tokens += 1
     x.remember_budgets()
     (note,) = x.store.folder.glob("budgets/*.json")

@@ -62,7 +62,7 @@ def test_real_language_prints_a_table_after_each_part(
     printed = capsys.readouterr().out
     assert sorted(json.loads((tmp_path / "cache" / "candidates.yaml").read_text(encoding="utf-8"))["seen"]) == sorted(NAMES)
     assert printed.count("T_test(IST)") >= 2 * 3 and printed.count("T_train_diff(IST)") >= 2 * 3
-    assert printed.index("seed 0") < printed.index("seed 1") < printed.index("over runs with other starts")
+    assert printed.index("seed 0") < printed.index("seed 1") < printed.index("over runs with other orders")
     own = (tmp_path / "cache" / "data" / NAMES[0] / f"{NAMES[0]}_32_100_train.jsonl").resolve()
     assert own == (tmp_path / "first" / NAMES[0] / own.name).resolve()  # the first folder's, where both have a task
     real_language.subspaces(arguments)
@@ -132,7 +132,7 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
         x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4, **given)
         if not given:
             composed = [task for task in x.roles if not x.task(task).pretrained]
-            kept[:] = composed[:4]
+            kept[:] = composed[:8]
         x.restrict(kept)
         return x
 
@@ -142,11 +142,30 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
     printed = capsys.readouterr().out
     pooled = printed[printed.rindex("way ") :]
     last = printed[printed.rindex("over tasks") : printed.rindex("way ")]
-    ways = {line.rpartition(" 4 ")[0].strip() for line in last.splitlines() if " 4 " in line}
-    assert any("subspace 4 nearest" in way for way in ways) and any("prompt 3072 nearest" in way for way in ways), last
-    assert pooled.count("prompt tuning") == len([line for line in last.splitlines() if "[" in line]) - 1
+    assert "T_test(IST) subspace 4 nearest " in last and "T_test(warm start) prompt 3072 nearest " in last
+    assert pooled.count("prompt tuning") == len(last.strip().splitlines()) - 2
     unseen = [set(yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"]) for file in sorted(tmp_path.glob("fold-*.yaml"))]
     assert sorted(task for fold in unseen for task in fold) == sorted(kept) and len(unseen) == 4
+
+
+def test_the_testbed_compares_known_tasks_with_prompts_of_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    testbed = script("testbed")
+    usual = testbed.experiment
+
+    def small(cache: Path) -> Experiment:
+        x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
+        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:1]])
+        return x
+
+    monkeypatch.setattr(testbed, "experiment", small)
+    testbed.nearby(tmp_path)
+    means, pairs = capsys.readouterr().out.partition("way  ")[2].split("\n\n")[:2]
+    ways = [re.split(r"  +", line)[0] for line in means.splitlines()[1:]]
+    about = [f"T_train_diff(IST) subspace {dim} {start}" for dim in (10, 250) for start in ("nearest", "random")]
+    assert sorted(ways) == sorted(["prompt tuning, the same rows", "prompt tuning", *about])
+    assert len(pairs.strip().splitlines()) == 1 + 15
 
 
 def test_every_part_of_the_testbed_s_script_is_told() -> None:

@@ -75,7 +75,7 @@ def test_only_the_wanted_picture_is_drawn_and_gain_is_another_picture_than_e_rel
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("components", "--dim", 5), r"holds 0 tasks tuned in one learned subspace of dim 5, expected 3: run 'ipt tune' first"),
+        (("components", "--dim", 5), r"holds 0 tasks tuned in one learned subspace of dim 5, expected 3: run 'ipt tune'"),
         (("--out", TASKS_FILE), r"cannot write .*dimensions.png: .*; name another folder with --cache or --out"),
     ],
 )
