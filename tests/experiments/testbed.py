@@ -5,6 +5,7 @@
     python tests/experiments/testbed.py grids --cache DIR         # three learning rates a task on every side
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, and starts near by
+    python tests/experiments/testbed.py nearby --cache DIR        # known tasks: starts near by, and prompts of the other rows
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
@@ -24,7 +25,7 @@ import itertools
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -37,7 +38,6 @@ import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import relative_performance, spread
-from intrinsic_prompt_tuning.makers import nearest_prompts
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -140,15 +140,37 @@ def folds(cache: Path) -> None:
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
         spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
-        x.make([*every(prompts.values()), *spaces])
-        near = from_nearest(x, x.scores(prompts, spaces, []), x.soft_prompts(unseen).values())
-        for space in spaces:
-            if space.header["space"] == "subspace":
-                vectors = x.intrinsic_vectors(unseen, COLLECTION_SEED, space)
-                near += from_nearest(x, x.scores(prompts, spaces, []), vectors.values())
+        learned = [space for space in spaces if space.header["space"] == "subspace"]
+        near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
+        near += [own for s in learned for own in x.intrinsic_vectors(unseen, COLLECTION_SEED, s, "nearest").values()]
         report = measure(x, prompts, spaces, more=near)
         told += [score for score in report["scores"] if score["task"] in unseen]
         ipt.echo(pooled_text(told))
+
+
+def nearby(cache: Path) -> None:
+    """Known tasks on other data: vectors that start from the nearest seen prompt, and what prompt tuning makes of the same rows."""
+    x = experiment(cache)
+    seen, prompts = x.named("seen"), x.soft_prompts(x.named("seen", "unseen"))
+    collection = {task: prompts[task] for task in seen}
+    spaces = [x.subspace("subspace", dim, collection) for dim in (250, 10)]
+    x.make([*every(prompts.values()), *spaces])
+    near = [own for s in spaces for own in x.intrinsic_vectors(seen, OTHER_SEED, s, "nearest").values()]
+    report = measure(x, prompts, spaces, seen=seen, more=near)
+    again = x.soft_prompts(seen, OTHER_SEED)
+    x.make(every(again.values()))
+    scores = [score for score in x.scores(again, [], []) if score.header["stage"] == "prompt tuning"]
+    x.make(scores)
+    by_way = {"prompt tuning, the same rows": {s.header["task"]: x.store.read(s)[0]["score"] for s in scores}}
+    for score in report["scores"]:
+        if score["task"] in by_way["prompt tuning, the same rows"] and score["quantity"] in (
+            "prompt tuning",
+            "T_train_diff(IST)",
+        ):
+            way = " ".join(str(score[name]) for name in ("quantity", "space", "dim", "start") if score[name] is not None)
+            by_way.setdefault(way, {})[score["task"]] = score["value"]
+    ipt.echo(table_text("way|n|mean score", [[way, len(own), fmean(own.values())] for way, own in by_way.items()]))
+    ipt.echo(pairs_text(by_way))
 
 
 def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[str]) -> Path:
@@ -157,23 +179,6 @@ def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[st
     file = cache / f"{name}.yaml"
     file.write_text(yaml.safe_dump({"seen": list(seen), "unseen": list(unseen)}), encoding="utf-8")
     return file
-
-
-def from_nearest(x: Experiment, scores: Sequence[Result], choices: Iterable[Choice]) -> list[Choice]:
-    """Describe tuned results that start, a try each, from the seen prompts with the least losses on the training rows."""
-    retrieved = {score.header["task"]: score for score in scores if score.header["stage"] == "nearest"}
-    near = list[Choice]()
-    for choice in choices:
-        task, own = choice[0].header["task"], list[Result]()
-        for number, result in enumerate(choice):
-            name = f"{number} nearest to {task} of {retrieved[task].header['subspace']}"
-            if name not in x.starts:
-                found = nearest_prompts(x, retrieved[task])
-                x.starts |= {f"{n} {name.partition(' ')[2]}": prompt for n, prompt in enumerate(found[: len(choice)])}
-            header = {**result.header, "start": "nearest", "start_prompt": name}
-            own.append(replace(result, header=header, instead_of=tuple(own)))
-        near.append(tuple(own))
-    return near
 
 
 def pooled_text(told: Sequence[dict[str, Any]]) -> str:
@@ -188,11 +193,10 @@ def pooled_text(told: Sequence[dict[str, Any]]) -> str:
             by_way.setdefault(way, {})[score["task"]] = score["value"]
     lines = []
     for way, own in by_way.items():
-        figures = relative_performance(own, baseline, floor)
-        lines.append([way, len(own), figures["mean_score"], pstdev(own.values()), *(
-            f"{figures[name]:.3f} [{figures[f'{name}_low']:.3f} {figures[f'{name}_high']:.3f}]" for name in ("e_rel", "gain")
-        )])  # fmt: skip
-    text = table_text("way|n|mean score|over tasks|E_rel|gain", lines)
+        told_of = relative_performance(own, baseline, floor)
+        figures = [told_of[f"{name}{bound}"] for name in ("e_rel", "gain") for bound in ("", "_low", "_high")]
+        lines.append([way, len(own), told_of["mean_score"], pstdev(own.values()), *figures])
+    text = table_text("way|n|mean score|over tasks|E_rel|from|to|gain|from|to", lines)
     return text + pairs_text(by_way)
 
 
@@ -361,7 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         part.__name__: part
-        for part in (dims, needed, grids, seeds, folds, seen, shots, kinds, ablations, stability, longer, fine_tuning)
+        for part in (dims, needed, grids, seeds, folds, nearby, seen, shots, kinds, ablations, stability, longer, fine_tuning)
     }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
