@@ -212,8 +212,7 @@ UnseenOption = Annotated[bool, typer.Option("--unseen", help="All unseen tasks o
 DimOption = Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250")]
 DataSeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the few-shot rows; all but 100 are unseen data.")]
 SpaceOption = Annotated[SpaceKind, typer.Option(help="Where to tune.")]
-START_HELP = "random: N(0, 0.02); seen: as the seen tasks' vectors lie; nearest: at that with the least loss on training rows."
-StartOption = Annotated[Start, typer.Option(help=START_HELP)]
+StartOption = Annotated[Start, typer.Option(help="random: N(0, 0.02); seen: as seen tasks' vectors lie; nearest: at the best.")]
 WARM_HELP = "subspace (the task's vector), nearest (the seen task's prompt with the least loss), a task, a file."
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object; predict: one a line.")]
@@ -240,7 +239,7 @@ def collect(
     """
     good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
     near = [*x.collected().values()] if start == "nearest" else []
-    starts = warm_starts(x, start, good, data_seed, dim) if start and not near else None
+    starts = warm_starts(x, start, good, data_seed, dim) if start not in ("", "nearest") else None
     x.make(chain(*x.soft_prompts(good, data_seed, starts, near).values()), dry_run=dry_run)
     if not dry_run:
         x.report.say(f"results: {x.store.folder}")
@@ -272,6 +271,8 @@ def tune(
 
     Example: ipt tune --task day-next --dim 250 --data-seed 21
     """
+    if space == "prompt" and start != "random":
+        raise IptError(f"--start {start} is for vectors: 'ipt collect --start' is for prompts")
     tasks = x.chosen(task, seen, unseen)
     spaces = [] if space == "prompt" else [x.choose_subspace(space, one, subspace) for one in dim or [250]]
     good = x.with_rows(tasks, data_seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -182,7 +183,8 @@ class Context:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
         self.backbone.room(self.prompt_length)
         sweep(self.cache)
-        name = path.resolve().name if (path := Path(self.options.backbone)).exists() else self.options.backbone
+        o = self.options.backbone
+        name = os.path.basename(os.path.abspath(o)) if Path(o).exists() else o  # noqa: PTH100, PTH119 (a link keeps its name)
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
         store.before_save = self.keep_options  # so that a killed command has left them beside its first result
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again

@@ -133,7 +133,8 @@ class Experiment(Context):
         elif stage in ("mean", "nearest"):
             about |= {"space": stage, "dim": 0, "subspace": digest([names(choice) for choice in inputs])}
         elif stage in ("two-stage", "warm start"):
-            about |= {"space": "prompt", "dim": self.prompt_space.dim}
+            of = inputs[0][0].header.get("collection")  # tells apart what started from the nearest of other prompts
+            about |= {"space": "prompt", "dim": self.prompt_space.dim} | ({"subspace": of} if of else {})
         header = self.header(
             "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(test),
             of=[names(choice) for choice in inputs], **about,
@@ -283,8 +284,10 @@ class Experiment(Context):
         """
         numbers = self._numbers(space, dim)
         found = [s for s in self.found_subspaces() if (s.header["space"], s.header["dim"]) == (space, numbers)]
-        meant, seen = name or self.options.skip_missing, {*self.named("seen")}
-        chosen = [s for s in found if s.name.startswith(name) and (meant or s.header["prompts"].keys() == seen)]
+        chosen = [subspace for subspace in found if subspace.name.startswith(name)]
+        if not name:  # that of all seen tasks, before those of fewer
+            whole = [subspace for subspace in chosen if subspace.header["prompts"].keys() == {*self.named("seen")}]
+            chosen = whole or (chosen if self.options.skip_missing else [])
         if len(chosen) == 1:
             return chosen[0]
         if not found or not (chosen or name or space == "subspace"):
@@ -294,8 +297,9 @@ class Experiment(Context):
             raise IptError(
                 f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks: run 'ipt fit-subspace --dim {dim}'"
             )
+        none = "" if chosen or name else ", none of them of all seen tasks"
         known = "; ".join(f"{name[:8]} ({told or 'nothing differs'})" for name, told in differences(found).items())
-        raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}: name one with --subspace: {known}")
+        raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}{none}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
         """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace."""
@@ -308,22 +312,22 @@ class Experiment(Context):
             header = result.header
             if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
                 others["subspaces or tasks that are not shown"] += 1
-            elif not tasks and self._is_foreign(header["task"], known[header.get("subspace")]):
+            elif (
+                not tasks
+                and self.roles[header["task"]] == "seen"
+                and any(header["task"] not in space.header["prompts"] for space in known[header.get("subspace")])
+            ):
                 others["seen tasks in spaces that were made without them"] += 1
             elif header["task"] in self.left_out or not self.with_rows([header["task"]], header["data_seed"]):
                 others["rows that cannot be had"] += 1
             elif not self._is_current(result):
                 others["other rows"] += 1
             else:
-                key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace"))
+                key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace", "collection"))
                 inputs = (known[header["subspace"]],) if "subspace" in header else ()
                 found.setdefault(key, []).append(Result(header, inputs))
         self._say_skipped("intrinsic-vector", others)
         return [tuple(results) for results in found.values()]
-
-    def _is_foreign(self, task: str, space: Choice) -> bool:
-        """Tell whether the split calls a task seen that is not in a space's collection: that of a smaller split, say."""
-        return self.roles[task] == "seen" and any(task not in subspace.header["prompts"] for subspace in space)
 
     def wanted_scores(self, task: str = "") -> list[Result]:
         """Describe the scores of all that the cache holds of the split's tasks, or of one of them.

@@ -38,8 +38,10 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
     """Return what the engine is to do for a soft prompt or an intrinsic vector."""
     header = result.header
     about = {name: header[name] for name in ("task", "metric", "data_seed", "learning_rate", "seed")}
+    # Where it goes on from a state, nobody looks for a start.
+    theta = torch.zeros(space.dim) if x.store.unfinished(result) else start_of(x, result, space)
     return Job(
-        **about, number=header.get("try", 0), theta=start_of(x, result, space), unfinished=partial(x.store.unfinished, result),
+        **about, number=header.get("try", 0), theta=theta, unfinished=partial(x.store.unfinished, result),
         rows=lambda: x.encoded(header["task"], header["data_seed"])[:2],
     )  # fmt: skip
 
@@ -47,11 +49,11 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
 def start_of(x: Context, result: Result, space: Space) -> Tensor:
     """Return where theta starts: zero for a prompt, or what its header says; a vector N(0, 0.02), or near those of seen tasks."""
     header = result.header
-    collection = result.inputs if result.kind == "soft-prompt" else result.inputs[0][0].inputs
     if "start_prompt" in header:
         return space.project(x.starts[header["start_prompt"]][None])[0]
     if "start" not in header:
         return torch.zeros(space.dim)
+    collection = result.inputs if result.kind == "soft-prompt" else result.inputs[0][0].inputs
     if header["start"] == "nearest":  # the n-th try from the n-th nearest
         found = nearest_prompts(x, collection, header["task"], header["data_seed"], x.rates.tries)
         return space.project(found[header.get("try", 0) % len(found)][None])[0]

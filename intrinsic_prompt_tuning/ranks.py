@@ -85,12 +85,11 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
                     ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
             first = next((n for n, process in enumerate(ranks) if process.poll()), 0)
             said[first].seek(0)
-            if (code := ranks[first].returncode or 0) < 0:
-                told = (
-                    f"error: process {first + 1} of {count} was ended by signal {-code}, as a system does that is out of memory\n"
-                )
-                return 128 - code, told
-            return code, said[first].read().decode()
+            code, told = ranks[first].returncode or 0, said[first].read().decode(errors="replace")
+            if code >= 0:
+                return code, told
+            why = ", as a system does that is out of memory" if code == -signal.SIGKILL else ""
+            return 128 - code, f"{told}error: process {first + 1} of {count} was ended by signal {-code}{why}\n"
         finally:
             for process in ranks:
                 if process.poll() is None:

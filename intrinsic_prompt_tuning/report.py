@@ -139,6 +139,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
         return "-" if row[name] is None else f"{row[name]:.3f}{bounds}"
 
     alike = len({(row["quantity"], row["space"], row["dim"]) for row in rows}) < len(rows)
+    alike |= any(row["start"] not in (None, "random") for row in rows)
     shown = ["quantity", "space", "dim", "numbers"] + (["start", "data_seed", "subspace"] if wide or alike else [])
     shown += ["n_tasks", "e_rel"] + (["n_excluded", "median_ratio", "ratio_of_means", "candidates"] if wide else [])
     heads = {"n_tasks": "n", "e_rel": "E_rel", "n_excluded": "excluded", "median_ratio": "median"}

@@ -250,14 +250,13 @@ def prompt_losses(backbone: Backbone, soft_prompts: Tensor, batch: Sequence[tupl
 
 def minibatch(rows: int, size: int, seed: int, step: int) -> list[int]:
     """Return the row numbers of a step: without end through the rows, freshly shuffled each time; no state to save."""
-    return [_order(rows, seed, n // rows)[n % rows] for n in range(step * size, (step + 1) * size)]
+    return [int(_order(rows, seed, n // rows)[n % rows]) for n in range(step * size, (step + 1) * size)]
 
 
 @functools.lru_cache(1 << 12)
-def _order(rows: int, seed: int, epoch: int) -> list[int]:
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the rows of an epoch, freshly shuffled; kept, as a generator a job and step costs a hundredth of a run."""
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-    return order
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def adam(state: dict[str, Tensor], gradient: Tensor, learning_rates: Tensor, config: TuneConfig) -> None:

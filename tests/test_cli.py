@@ -780,6 +780,11 @@ def test_a_backbone_in_the_folder_of_the_command_has_a_name(
     assert path.parents[1].name.startswith(f"{t5_folder.name}-")
 
 
+def test_a_start_of_vectors_is_none_of_prompts(cli: Cli) -> None:
+    told = cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt", "--start", "nearest")
+    assert_one_error(told, "--start nearest is for vectors: 'ipt collect --start' is for prompts")
+
+
 def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_done(cli("collect", *SHORT, "--task", "mood-good"))
     monkeypatch.setenv("IPT_JSON", "1")

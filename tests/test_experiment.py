@@ -17,6 +17,7 @@ import torch
 from conftest import TASKS_FILE
 from torch import Tensor
 
+from intrinsic_prompt_tuning import makers
 from intrinsic_prompt_tuning.backbone import Answer
 from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.errors import IptError, UnreachableError
@@ -738,7 +739,9 @@ def test_a_space_of_fewer_seen_tasks_is_not_taken_for_that_of_all(x: Experiment,
     prompts = save_prompts(x)
     few = {task: prompts[task] for task in ("mood-good", "animal-class")}
     small = save_subspace(x, few)
-    with pytest.raises(IptError, match=f"holds 1 subspaces of dim 6: name one with --subspace: {small.name[:8]}"):
+    with pytest.raises(
+        IptError, match=f"holds 1 subspaces of dim 6, none of them of all seen tasks: name one with --subspace: {small.name[:8]}"
+    ):
         x.choose_subspace("subspace", 6, "")
     assert x.choose_subspace("subspace", 6, small.name[:4]).name == small.name
     assert build(skip_missing=True).choose_subspace("subspace", 6, "").name == small.name
@@ -747,6 +750,24 @@ def test_a_space_of_fewer_seen_tasks_is_not_taken_for_that_of_all(x: Experiment,
     assert x.choose_subspace("linear", 1, "").name == x.subspace("linear", 1, prompts).name != linear.name
     whole = save_subspace(x, prompts)
     assert x.choose_subspace("subspace", 6, "").name == whole.name
+    assert build(skip_missing=True).choose_subspace("subspace", 6, "").name == whole.name
+
+
+def test_what_goes_on_from_a_state_looks_for_no_start(x: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    ((result,),) = x.intrinsic_vectors(["even-or-good"], 100, subspace, "nearest").values()
+    x.store.save_unfinished({result: {"step": torch.tensor(1.0), "theta": torch.ones(6)}})
+    monkeypatch.setattr(makers, "start_of", lambda *_: pytest.fail("a start was looked for"))
+    assert job_of(x, result, x.space(subspace)).unfinished()["theta"].tolist() == [1.0] * 6
+
+
+def test_prompts_that_started_from_the_nearest_of_other_collections_are_told_apart(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    for count in (2, 5):
+        (choice,) = x.soft_prompts(["mood-good"], near=[*prompts.values()][:count]).values()
+        save(x, choice, {"soft_prompt": made_up(x)["mood-good"]})
+    warm = [score for score in build().wanted_scores() if score.header["stage"] == "warm start"]
+    assert len({score.header["subspace"] for score in warm}) == len(warm) == 2
 
 
 def test_a_seen_task_is_not_scored_in_a_space_that_was_made_without_it(x: Experiment, build: Build) -> None:

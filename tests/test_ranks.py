@@ -150,4 +150,6 @@ def test_cores_that_a_process_may_not_use_do_not_count(monkeypatch: pytest.Monke
 def test_a_process_that_the_system_ends_is_not_one_that_a_person_stopped() -> None:
     ends = "import os, time\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"
     code, told = run_in_processes([sys.executable, "-c", ends], 2)
-    assert code == 137 and told.startswith("error: process 2 of 2 was ended by signal 9")
+    assert code == 137 and told.startswith("error: process 2 of 2 was ended by signal 9, as a system does")
+    says = ends.replace("os.kill(os.getpid(), 9)", "os.write(2, b'no device\\n')\n    os.kill(os.getpid(), 6)")
+    assert run_in_processes([sys.executable, "-c", says], 2) == (134, "no device\nerror: process 2 of 2 was ended by signal 6\n")
