@@ -297,8 +297,9 @@ class Experiment(Context):
             raise IptError(
                 f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks: run 'ipt fit-subspace --dim {dim}'"
             )
-        none = "" if chosen or name else ", none of them of all seen tasks"
-        known = "; ".join(f"{name[:8]} ({told or 'nothing differs'})" for name, told in differences(found).items())
+        none = "" if chosen or name else f", none of them of all {len(self.named('seen'))} seen tasks"
+        sizes = {subspace.name: f"{len(subspace.header['prompts'])} tasks" for subspace in found}
+        known = "; ".join(f"{name[:8]} ({told or sizes[name]})" for name, told in differences(found).items())
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}{none}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:

@@ -740,7 +740,8 @@ def test_a_space_of_fewer_seen_tasks_is_not_taken_for_that_of_all(x: Experiment,
     few = {task: prompts[task] for task in ("mood-good", "animal-class")}
     small = save_subspace(x, few)
     with pytest.raises(
-        IptError, match=f"holds 1 subspaces of dim 6, none of them of all seen tasks: name one with --subspace: {small.name[:8]}"
+        IptError,
+        match=f"holds 1 subspaces of dim 6, none of them of all 5 seen tasks: name one with --subspace: {small.name[:8]} .2 tasks",
     ):
         x.choose_subspace("subspace", 6, "")
     assert x.choose_subspace("subspace", 6, small.name[:4]).name == small.name

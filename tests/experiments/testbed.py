@@ -38,6 +38,7 @@ import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import relative_performance, spread
+from intrinsic_prompt_tuning.makers import nearest_prompts
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -171,6 +172,10 @@ def nearby(cache: Path) -> None:
             by_way.setdefault(way, {})[score["task"]] = score["value"]
     ipt.echo(table_text("way|n|mean score", [[way, len(own), fmean(own.values())] for way, own in by_way.items()]))
     ipt.echo(pairs_text(by_way))
+    own = [
+        nearest_prompts(x, [*collection.values()], task, OTHER_SEED)[0].equal(x.prompts([collection[task]])[0]) for task in seen
+    ]
+    ipt.echo(f"the nearest seen prompt is the task's own on {sum(own)} of {len(own)} tasks")
 
 
 def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[str]) -> Path:
