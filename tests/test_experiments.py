@@ -164,8 +164,10 @@ def test_the_testbed_compares_known_tasks_with_prompts_of_the_same_rows(
     means, pairs = capsys.readouterr().out.partition("way  ")[2].split("\n\n")[:2]
     ways = [re.split(r"  +", line)[0] for line in means.splitlines()[1:]]
     about = [f"T_train_diff(IST) subspace {dim} {start}" for dim in (10, 250) for start in ("nearest", "random")]
-    assert sorted(ways) == sorted(["prompt tuning, the same rows", "prompt tuning", *about])
-    assert len(pairs.strip().splitlines()) == 1 + 15
+    assert sorted(ways) == sorted(
+        ["prompt tuning, the same rows", "prompt tuning", "T_train_diff(warm start) prompt 3072 nearest", *about]
+    )
+    assert len(pairs.strip().splitlines()) == 1 + 21
 
 
 def test_every_part_of_the_testbed_s_script_is_told() -> None:

@@ -157,6 +157,7 @@ def nearby(cache: Path) -> None:
     spaces = [x.subspace("subspace", dim, collection) for dim in (250, 10)]
     x.make([*every(prompts.values()), *spaces])
     near = [own for s in spaces for own in x.intrinsic_vectors(seen, OTHER_SEED, s, "nearest").values()]
+    near += x.soft_prompts(seen, OTHER_SEED, near=[*collection.values()]).values()
     report = measure(x, prompts, spaces, seen=seen, more=near)
     again = x.soft_prompts(seen, OTHER_SEED)
     x.make(every(again.values()))
@@ -164,10 +165,8 @@ def nearby(cache: Path) -> None:
     x.make(scores)
     by_way = {"prompt tuning, the same rows": {s.header["task"]: x.store.read(s)[0]["score"] for s in scores}}
     for score in report["scores"]:
-        if score["task"] in by_way["prompt tuning, the same rows"] and score["quantity"] in (
-            "prompt tuning",
-            "T_train_diff(IST)",
-        ):
+        shown = score["quantity"] in ("prompt tuning", "T_train_diff(IST)", "T_train_diff(warm start)")
+        if shown and score["task"] in by_way["prompt tuning, the same rows"]:
             way = " ".join(str(score[name]) for name in ("quantity", "space", "dim", "start") if score[name] is not None)
             by_way.setdefault(way, {})[score["task"]] = score["value"]
     ipt.echo(table_text("way|n|mean score", [[way, len(own), fmean(own.values())] for way, own in by_way.items()]))
