@@ -172,7 +172,9 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
     template = (Path(__file__).parent / "cards" / f"{kind}.md").read_text(encoding="utf-8")
     scores = [score for score in x.store.found("score")[0] if score.header["stage"] not in ("MSF", "mean", "nearest")]
     made = {result.name: result for result in (*x.store.found("soft-prompt")[0], *x.store.found("intrinsic-vector")[0])}
-    tested = [(score, [made[name] for name in score.header["of"][0] if name in made]) for score in scores if score.header["of"]]
+    exported = {prompt.result.name for prompt in prompts.values()}
+    ours = [score for score in scores if score.header["of"] and exported & {*score.header["of"][0]}]
+    tested = [(score, [made[name] for name in score.header["of"][0] if name in made]) for score in ours]
     # A score is of the best of its candidates, which is not known when some are gone.
     whole = [(s, tuple(of)) for s, of in tested if len(of) == len(s.header["of"][0]) or any(map(x.store.is_solved, of))]
     tests = {x.store.best(of)[0].name: score for score, of in whole}

@@ -16,7 +16,7 @@ from intrinsic_prompt_tuning.evaluation import GROUP
 from intrinsic_prompt_tuning.files import digest
 from intrinsic_prompt_tuning.finding import check_dim
 from intrinsic_prompt_tuning.makers import job_of, makers
-from intrinsic_prompt_tuning.results import Choice, Cost, Result, make, names
+from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_name, make, names
 from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tasks.checks import check
@@ -43,7 +43,7 @@ class Experiment(Context):
         al., ACL 2022).
         """
         numbers, rates, starts = self.prompt_space.dim, self.rates.learning_rate, starts or {}
-        about = {"start": "nearest", "collection": digest([names(choice) for choice in near])} if near else {}
+        about = {"start": "nearest", "collection": collection_name(near)} if near else {}
         told = {task: {**about, **starts.get(task, {})} for task in tasks}
         headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **own) for task, own in told.items()}
         return {task: self._tuned(header, rates, numbers, *near) for task, header in headers.items()}
@@ -131,7 +131,7 @@ class Experiment(Context):
         if stage in ("MSF", "IST"):
             about["subspace"] = inputs[1][0].name
         elif stage in ("mean", "nearest"):
-            about |= {"space": stage, "dim": 0, "subspace": digest([names(choice) for choice in inputs])}
+            about |= {"space": stage, "dim": 0, "subspace": collection_name(inputs)}
         elif stage in ("two-stage", "warm start"):
             of = inputs[0][0].header.get("collection")  # tells apart what started from the nearest of other prompts
             about |= {"space": "prompt", "dim": self.prompt_space.dim} | ({"subspace": of} if of else {})

@@ -15,7 +15,7 @@ from intrinsic_prompt_tuning.files import digest
 from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_subspaces
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.metrics import METRICS
-from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, names
+from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, collection_name
 from intrinsic_prompt_tuning.spaces import Space, linear_space, low_rank_space, scaled_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
@@ -206,7 +206,7 @@ def _one_answer(sample: Sample, metric: str) -> list[str]:
 def nearest_prompts(x: Context, collection: Sequence[Choice], task: str, data_seed: int, count: int = 1) -> Tensor:
     """Return the prompts of a collection with the least losses on a task's training rows, the least first: retrieval."""
     prompts, (train, *_) = x.prompts(collection), x.encoded(task, data_seed)
-    key = task, data_seed, digest([names(choice) for choice in collection])
+    key = task, data_seed, collection_name(collection)
     if len(x.nearest.get(key, ())) < min(count, len(prompts)):
         x.nearest[key] = _nearest(x, prompts, train, count)
     return prompts[x.nearest[key][:count]]

@@ -81,6 +81,11 @@ def names(choice: Choice) -> list[str]:
     return sorted(result.name for result in choice)
 
 
+def collection_name(choices: Iterable[Choice]) -> str:
+    """Return a name for several choices: a collection of prompts."""
+    return digest([names(choice) for choice in choices])
+
+
 class Made(NamedTuple):
     """What a maker yields: a result that is done."""
 

@@ -24,6 +24,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
+from helpers import Listener
 
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
@@ -31,22 +32,10 @@ from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.passes import first_budgets
 from intrinsic_prompt_tuning.report import make_report
-from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import Result
 from intrinsic_prompt_tuning.tasks import TASKS_FILE
 
 SEEN, UNSEEN, DIM = ("day-next", "object-small"), ("not-subject-person",), 2
-
-
-class Listener(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sentences: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.sentences.append(text)
 
 
 class Cache:

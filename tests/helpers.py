@@ -13,9 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.spaces import Space, untrained_space
 from intrinsic_prompt_tuning.tasks import Example, Task
 from intrinsic_prompt_tuning.tuning import Job
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sentences: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.sentences.append(text)
 
 
 def like(backbone: Backbone, *, lm: Any = None, budget: Budget | None = None, answer_budget: Budget | None = None) -> Backbone:

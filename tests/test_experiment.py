@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TASKS_FILE
+from helpers import Listener
 from torch import Tensor
 
 from intrinsic_prompt_tuning import makers
@@ -27,25 +28,12 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.makers import _nearest, job_of, start_of
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget
-from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import Choice, Cost, Made, Result, stages
 from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS, settled
 from intrinsic_prompt_tuning.spaces import linear_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample, load_tasks
 from intrinsic_prompt_tuning.tuning import TuneConfig
 from intrinsic_prompt_tuning.using import tuned_prompts
-
-
-class Listener(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sentences: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.sentences.append(text)
-
 
 Build = Callable[..., Experiment]
 

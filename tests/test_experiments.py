@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,18 +101,22 @@ def test_real_language_compares_settings_task_by_task(
     assert more == pytest.approx(loss["chat template"] - loss["plain"], abs=2e-3) and more != 0
 
 
+def few_tasks(usual: Callable[..., Experiment], unseen: int) -> Callable[..., Experiment]:
+    """Return what makes the testbed's experiment with little to do."""
+
+    def small(cache: Path) -> Experiment:
+        x = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
+        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:unseen]])
+        return x
+
+    return small
+
+
 def test_the_testbed_tells_what_is_above_what_over_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     testbed = script("testbed")
-    usual = testbed.experiment
-
-    def small(cache: Path) -> Experiment:
-        x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
-        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:2]])
-        return x
-
-    monkeypatch.setattr(testbed, "experiment", small)
+    monkeypatch.setattr(testbed, "experiment", few_tasks(testbed.experiment, unseen=2))
     monkeypatch.setattr(testbed, "SEEDS_SPACES", (("random", 4), ("low-rank", 250)))
     testbed.seeds(tmp_path)
     printed = capsys.readouterr().out
@@ -152,14 +157,7 @@ def test_the_testbed_compares_known_tasks_with_prompts_of_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     testbed = script("testbed")
-    usual = testbed.experiment
-
-    def small(cache: Path) -> Experiment:
-        x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
-        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:1]])
-        return x
-
-    monkeypatch.setattr(testbed, "experiment", small)
+    monkeypatch.setattr(testbed, "experiment", few_tasks(testbed.experiment, unseen=1))
     testbed.nearby(tmp_path)
     means, pairs = capsys.readouterr().out.partition("way  ")[2].split("\n\n")[:2]
     ways = [re.split(r"  +", line)[0] for line in means.splitlines()[1:]]

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import files_in
+from helpers import Listener
 
 import ipt
 from intrinsic_prompt_tuning import results
@@ -48,16 +49,12 @@ def save_one(store: Store, **changes: Any) -> Result:
     return made
 
 
-class Listener(Reporter):
-    """Keeps what it is told."""
+class BarListener(Listener):
+    """Keeps the bars, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sentences: list[str] = []
         self.bars: list[tuple[str, float, list[float]]] = []
-
-    def say(self, text: str) -> None:
-        self.sentences.append(text)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: float) -> Iterator[Callable[[float], None]]:
@@ -379,11 +376,11 @@ ROLLS = [roll(name) for name in ("ann", "ben", "cid", "dan", "eve")]
 def test_what_is_missing_is_made_and_nothing_twice(store: Store) -> None:
     save = Bakery(store)
     save.make([ROLLS[1]])
-    bakery, report = Bakery(store), Listener()
+    bakery, report = Bakery(store), BarListener()
     bakery.make([*ROLLS[:3], ROLLS[0], ROLLS[2]], report)
     assert sorted(bakery.made) == ["ann", "cid"]
     assert report.sentences == ["plan: 2 rolls to make, 1 made before; at most 28 rows, 0.0 million tokens; 16 B of files"]
-    again, report = Bakery(store), Listener()
+    again, report = Bakery(store), BarListener()
     before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
     again.make(ROLLS[:3], report)
     assert again.made == [] and report.bars == []
@@ -408,7 +405,7 @@ def test_results_of_one_stage_are_of_one_kind_one_space_and_one_configuration() 
 
 
 def test_progress_is_told_of_what_is_missing(store: Store) -> None:
-    report = Listener()
+    report = BarListener()
     Bakery(store).make([ROLLS[0]])
     Bakery(store).make(ROLLS[:3], report)
     ((label, total, told),) = report.bars
@@ -435,7 +432,7 @@ def test_a_plan_tells_rows_tokens_and_megabytes_and_with_a_pace_minutes(store: S
 
 
 def test_with_a_pace_only_the_plan_is_told_and_nothing_made(store: Store) -> None:
-    bakery, report, asked = Bakery(store), Listener(), []
+    bakery, report, asked = Bakery(store), BarListener(), []
 
     def pace(missing: Sequence[Result]) -> tuple[float, float]:
         asked.append(1)
@@ -615,7 +612,7 @@ def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
     for solved, expected in ((1.0, [1]), (0.9, [1, 2])):
         made.clear()
         fresh = Store(store.folder.with_name(f"solved {solved}"), FINGERPRINT)
-        report = Listener()
+        report = BarListener()
         make(fresh, [first, second], {"roll": work}, report)
         assert made == expected
         assert report.sentences[0].startswith("plan: 2 rolls to make, 0 made before; at most 28 rows")
