@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.tasks import Task, World
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))  # as when a script is run
 NAMES = ("mood-good", "thing-plural", "even-or-good")
 
 
@@ -72,6 +74,36 @@ def test_real_language_prints_a_table_after_each_part(
     real_language.subspaces(arguments)
     (only,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unseen tasks ")]
     assert only in printed  # prompt tuning beside no prompt and one answer for all
+
+
+def test_real_language_has_every_task_unseen_once(
+    tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_language = script("real_language")
+    (model := tmp_path / "model").mkdir()
+    save_model(model, "llama", world)
+    names = [*NAMES, *[task for task in tasks if task not in NAMES][:5]]
+    for name in names:
+        write_few_shot(tmp_path / "first", tasks[name], 32, (100,))
+    monkeypatch.setattr(
+        real_language, "FEW_STEPS", real_language.FEW_STEPS | {"steps": 2, "evaluations": 1, "subspace_steps": 1, "test_rows": 4}
+    )
+    monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": names[:6], "unseen": names[6:]})
+    monkeypatch.setattr(real_language, "FOLD_SPACES", (("subspace", 4), ("low-rank", 8)))
+    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 9, "spaces": 9, "gpu_share": 1.0}
+    real_language.folds(argparse.Namespace(data=[tmp_path / "first"], **about))
+    printed = capsys.readouterr().out
+    rates = [line for line in printed.splitlines() if ": validation rate 0.3 " in line and ", rate 1 " in line]
+    assert [line.split()[0] for line in rates] == ["subspace", "low-rank", "linear"] and all(
+        line.endswith("(n=2)") for line in rates
+    )
+    pooled = printed[printed.index("over tasks") :].splitlines()
+    ways = {re.split("  +", line)[0]: re.split("  +", line)[1] for line in pooled[1 : pooled.index("")]}
+    assert set(ways.values()) == {str(len(names))}
+    assert {"prompt tuning", "T_test(IST) subspace 4", f"T_test(IST) linear {len(names) - 3}", "T_test(nearest) nearest 0"} <= set(ways)
+    assert any(way.startswith("T_test(warm start) prompt") for way in ways)
+    unseen = [json.loads(file.read_text(encoding="utf-8"))["unseen"] for file in (tmp_path / "cache").glob("fold-*.yaml")]
+    assert sorted(task for fold in unseen for task in fold) == sorted(names)
 
 
 def test_real_language_compares_settings_task_by_task(

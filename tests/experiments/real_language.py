@@ -4,6 +4,7 @@
     python tests/experiments/real_language.py defaults --backbone DIR --data ../shared/crossfit-32
     python tests/experiments/real_language.py chat --backbone DIR --data ../shared/crossfit-32
     python tests/experiments/real_language.py subspaces --backbone DIR --data ../shared/crossfit-32 ../shared/crossfit
+    python tests/experiments/real_language.py folds --backbone DIR --data ../shared/crossfit-32 ../shared/crossfit
 
 DIR holds a causal model, such as SmolLM2-135M-Instruct (README.md of this repository says where one is had without a download).
 Everything is kept in the cache, and the same command goes on where it was; given in several terminals, it is done by all. On one
@@ -17,25 +18,31 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
             has); those fall out on whose validation rows a tuned prompt beats neither no prompt nor one answer for all; of the rest
             eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Prompts and vectors alike have the
             better of two learning rates, task by task.
+folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
+            few steps that the README names for CPUs, one learning rate for prompts (1.0), and for the vectors of each space that of
+            two which has the better mean on the validation rows of the first split's unseen tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import json
 import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from shared import Spaces, every, mean_with_error, pooled_text, reported, splits_drawn
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
@@ -44,7 +51,7 @@ from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.report import make_report, spread_text
-from intrinsic_prompt_tuning.results import Choice, Result
+from intrinsic_prompt_tuning.results import Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks
 
@@ -56,7 +63,7 @@ RATES = [0.1, 0.3, 1.0]
 def placement(arguments: argparse.Namespace) -> None:
     """Print validation scores by placement, template and learning rate; then test scores of what validation chose."""
     for prompt_at, chat in VARIANTS:
-        change = {"data": arguments.data[0], "prompt_at": prompt_at, "chat": chat, "test_rows": 100}
+        change = {"prompt_at": prompt_at, "chat": chat, "test_rows": 100}
         change["learning_rate"] = RATES[: 2 if prompt_at == "front" else 3]
         x = experiment(arguments, change)
         prompts = x.soft_prompts(PLACEMENT_TASKS)
@@ -97,7 +104,7 @@ def defaults(arguments: argparse.Namespace) -> None:
         if not begins(arguments.cache, json.dumps(change)):
             continue
         start = time.perf_counter()
-        told = means(measured(experiment(arguments, BASE | {"data": arguments.data[0]} | change)))
+        told = means(measured(experiment(arguments, BASE | change)))
         print(f"{json.dumps(change)}: {told}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -121,32 +128,95 @@ def means(figures: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {fmean(by_task.values()):.3f} (n={len(by_task)})" for name, by_task in figures.items())
 
 
+FEW_STEPS: dict[str, Any] = {"steps": 60, "batch_size": 4, "evaluations": 5, "learning_rate": [1.0], "slots": 4}
+
+
 def chat(arguments: argparse.Namespace) -> None:
     """Print scores of plain text and of the chat template, and the differences between them task by task."""
-    short = {"steps": 60, "batch_size": 4, "evaluations": 5, "learning_rate": [1.0], "slots": 4, "data": arguments.data[0]}
-    plain, written = (measured(experiment(arguments, short | {"chat": chat})) for chat in (False, True))
+    plain, written = (measured(experiment(arguments, FEW_STEPS | {"chat": chat})) for chat in (False, True))
     print(f"plain: {means(plain)}\nchat template: {means(written)}", flush=True)
     for name, by_task in written.items():
         more = [value - plain[name][task] for task, value in by_task.items()]
-        print(f"{name}: {fmean(more):+.3f} by the template, standard error {stdev(more) / len(more) ** 0.5:.3f}", flush=True)
+        mean, error = mean_with_error(more)
+        print(f"{name}: {mean} by the template, standard error {error:.3f}", flush=True)
 
 
 def subspaces(arguments: argparse.Namespace) -> None:
     """Run the whole experiment, once a seed, and print a table of each and how they differ."""
-    data, split, first = joined(arguments.data, arguments.cache / "data"), arguments.cache / "split.yaml", None
-    if not split.exists():
-        candidates = arguments.cache / "candidates.yaml"
-        write_bytes(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}).encode())
-        # Few slots, so that all terminals have some.
-        first = experiment(arguments, {"data": data, "split": str(candidates), "slots": 16})
-        write_bytes(split, json.dumps(split_by_validation(first), indent=1).encode())
-    x, reports = experiment(arguments, {"data": data, "split": str(split)}, first), []
+    split, first = ruled(arguments, {"slots": 16})  # few, so that all terminals have some
+    x, reports = experiment(arguments, {"split": str(split)}, first), []
     ipt.echo(f"{len(x.named('seen'))} seen, {len(x.named('unseen'))} unseen tasks ({', '.join(x.named('unseen'))})")
     for seed in range(arguments.seeds):
         ipt.echo(f"seed {seed}")
         reports.append(one_seed(x.with_seeds(seed), OTHER_SEEDS[seed], arguments.challenges, SPACES[: arguments.spaces]))
     if len(reports) > 1:
         ipt.echo(spread_text(spread(reports)))
+
+
+def ruled(arguments: argparse.Namespace, change: dict[str, Any]) -> tuple[Path, Experiment]:
+    """Choose tasks by the rule; return the file of their split, and the experiment that tuned a prompt of every candidate."""
+    data, split, candidates = (arguments.cache / name for name in ("data", "split.yaml", "candidates.yaml"))
+    arguments.data = [joined(arguments.data, data)]
+    if not candidates.exists():
+        write_bytes(candidates, json.dumps({"seen": shortest_tasks(data, arguments.tasks)}).encode())
+    first = experiment(arguments, change | {"split": str(candidates)})
+    if not split.exists():
+        write_bytes(split, json.dumps(split_by_validation(first), indent=1).encode())
+    return split, first
+
+
+def folds(arguments: argparse.Namespace) -> None:
+    """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
+    split, first = ruled(arguments, FEW_STEPS)
+    kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
+    splits = splits_drawn(arguments.cache, sorted(kept), sorted(kept))
+    xs = [experiment(arguments, FEW_STEPS | {"split": str(file)}, first) for file in splits]
+    kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
+
+    def report_of(x: Experiment) -> dict[str, Any]:
+        prompts = x.soft_prompts(x.named("seen", "unseen"))
+        collection = {task: prompts[task] for task in x.named("seen")}
+        unseen = {task: prompts[task] for task in x.named("unseen")}
+        spaces = [x.subspace(kind, dim, collection) for kind, dim in kinds_and_dims]
+        x.make([*every(prompts.values()), *spaces])
+        vectors = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
+        for asked, space in zip(kinds_and_dims, spaces, strict=True):
+            vectors += with_rate(x, rate_of(asked)).intrinsic_vectors(unseen, COLLECTION_SEED, space).values()
+        return reported(x, unseen, spaces, vectors)
+
+    def rate_of(asked: tuple[SpaceKind, int]) -> float:
+        if asked not in rates:
+            x = with_rate(xs[0], *VECTOR_RATES)
+            rates[asked] = better_rate(x, x.subspace(*asked, x.soft_prompts(x.named("seen"))))
+        return rates[asked]
+
+    rates = dict[tuple[SpaceKind, int], float]()
+    for x in xs:
+        if begins(arguments.cache, x.options.split + str(len(kinds_and_dims))):
+            report_of(x)
+    told = [score for x in xs for score in report_of(x)["scores"]]
+    ipt.echo(pooled_text(told))
+
+
+def with_rate(x: Experiment, *rates: float) -> Experiment:
+    """Return the experiment with other rates of vectors."""
+    other = copy.copy(x)
+    other.rates = replace(x.rates, vector_learning_rate=[*rates])
+    return other
+
+
+def better_rate(x: Experiment, space: Result) -> float:
+    """Return the rate at which vectors of the unseen tasks have the best mean on validation rows."""
+    choices = x.intrinsic_vectors(x.named("unseen"), COLLECTION_SEED, space).values()
+    tuned = [replace(result, instead_of=()) for result in every(choices)]  # also those of a task that one rate solves
+    x.make([space, *tuned])
+    means = {
+        rate: fmean(x.store.read(r)[0]["validation"] for r in tuned if r.header["learning_rate"] == rate)
+        for rate in x.rates.vector_learning_rate
+    }
+    told = ", ".join(f"rate {rate:g} {mean:.3f}" for rate, mean in means.items())
+    print(f"{space.header['space']} {space.header['dim']}: validation {told} (n={len(choices)})", flush=True)
+    return max(means, key=means.__getitem__)
 
 
 def one_seed(
@@ -180,10 +250,12 @@ def one_seed(
     return report
 
 
-SPACES: tuple[tuple[SpaceKind, int], ...] = (
+SPACES: Spaces = (
     ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
     ("subspace", 5), ("random", 5),
 )  # fmt: skip
+FOLD_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
+VECTOR_RATES = (0.3, 1.0)
 MOST_TELLING = 5
 """So many come first."""
 OTHER_SEEDS = (21, 42, 13)
@@ -192,7 +264,7 @@ OTHER_SEEDS = (21, 42, 13)
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the experiments share: prompts of 10 tokens behind the input, 5,760 numbers on SmolLM2-135M."""
     return {
-        "backbone": arguments.backbone, "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
+        "backbone": arguments.backbone, "data": arguments.data[0], "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
         "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 150, "batch_size": 4, "evaluations": 6,
         "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 80, "rows_per_task": 2, "slots": 64,
     }  # fmt: skip
@@ -273,12 +345,7 @@ def split_by_validation(x: Experiment) -> dict[str, list[str]]:
     return {"seen": [task for task in good if task not in unseen], "unseen": unseen}
 
 
-def every(choices: Iterable[Choice]) -> list[Result]:
-    """Return all results of choices."""
-    return [result for choice in choices for result in choice]
-
-
-PARTS = (placement, defaults, chat, subspaces)
+PARTS = (placement, defaults, chat, subspaces, folds)
 
 
 def main() -> None:

@@ -21,26 +21,25 @@ chosen on validation rows.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-import yaml
+from shared import Spaces, every, pairs_text, pooled_text, reported, splits_drawn, write_split
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.context import COLLECTION_SEED
-from intrinsic_prompt_tuning.evaluation import relative_performance, spread
+from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.makers import nearest_prompts
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
+from intrinsic_prompt_tuning.report import spread_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tuning import minibatch, outcome
@@ -48,7 +47,6 @@ from intrinsic_prompt_tuning.tuning import minibatch, outcome
 OTHER_SEED = 21
 FINE_TUNED_BATCH = 4
 DIMS = (250, 10, 50, 100, 25, 5)
-Spaces = tuple[tuple[SpaceKind, int], ...]
 SEEDS_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
 FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99))
 """With low-rank prompts of a rank above one, and all that is linear in 100 prompts."""
@@ -57,10 +55,6 @@ FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99))
 def experiment(cache: Path, **given: Any) -> Experiment:
     """Return the experiment as shipped, but for two tries a task, in every space alike."""
     return Experiment({"cache": cache, "tries": 2, **given}, ipt.Terminal())
-
-
-def every(choices: Sequence[Choice]) -> list[Result]:
-    return [result for choice in choices for result in choice]
 
 
 def measure(
@@ -72,11 +66,7 @@ def measure(
     for space in spaces:
         vectors += x.intrinsic_vectors(x.named("unseen"), COLLECTION_SEED, space).values()
         vectors += x.intrinsic_vectors(seen, other_seed, space).values()
-    scores = x.scores(prompts, spaces, vectors)
-    x.make([*every([*prompts.values(), *vectors]), *spaces, *scores])
-    report = make_report(x, scores)
-    ipt.print_report(report, as_json=False, per_task=False, wide=True)
-    return report
+    return reported(x, prompts, spaces, vectors)
 
 
 def dims(cache: Path) -> None:
@@ -132,12 +122,10 @@ def folds(cache: Path) -> None:
     """Each task that composes two parts is unseen once, in four splits; prompts and vectors also start from the nearest seen prompts."""
     whole = experiment(cache)
     tasks = [task for task in whole.roles if not whole.task(task).pretrained]
-    drawn = random.Random(0).sample(tasks, len(tasks))
     told = list[dict[str, Any]]()
-    for n in range(4):
-        unseen = drawn[n::4]
-        file = write_split(cache, f"fold-{n}", [task for task in whole.roles if task not in unseen], unseen)
-        x = experiment(cache, split=str(file))
+    for split in splits_drawn(cache, tasks, [*whole.roles]):
+        x = experiment(cache, split=str(split))
+        unseen = x.named("unseen")
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
         spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
@@ -175,42 +163,6 @@ def nearby(cache: Path) -> None:
         nearest_prompts(x, [*collection.values()], task, OTHER_SEED)[0].equal(x.prompts([collection[task]])[0]) for task in seen
     ]
     ipt.echo(f"the nearest seen prompt is the task's own on {sum(own)} of {len(own)} tasks")
-
-
-def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[str]) -> Path:
-    """Write a split, which `--split` takes, beside the results."""
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({"seen": list(seen), "unseen": list(unseen)}), encoding="utf-8")
-    return file
-
-
-def pooled_text(told: Sequence[dict[str, Any]]) -> str:
-    """Write what unseen tasks of several splits score together, and what is above what, task by task."""
-    floor, baseline = (
-        {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in ("no prompt", "prompt tuning")
-    )
-    by_way = {"prompt tuning": baseline}
-    for score in told:
-        if score["space"]:
-            way = f"{score['quantity']} {score['space']} {score['dim']}" + " nearest" * (score["start"] == "nearest")
-            by_way.setdefault(way, {})[score["task"]] = score["value"]
-    lines = []
-    for way, own in by_way.items():
-        told_of = relative_performance(own, baseline, floor)
-        figures = [told_of[f"{name}{bound}"] for name in ("e_rel", "gain") for bound in ("", "_low", "_high")]
-        lines.append([way, len(own), told_of["mean_score"], pstdev(own.values()), *figures])
-    text = table_text("way|n|mean score|over tasks|E_rel|from|to|gain|from|to", lines)
-    return text + pairs_text(by_way)
-
-
-def pairs_text(by_way: Mapping[str, Mapping[str, float]]) -> str:
-    """Write how much each way scores above each other one, task by task."""
-    pairs = []
-    for one, other in itertools.combinations(by_way, 2):
-        more = [score - by_way[other][task] for task, score in by_way[one].items()]
-        pairs.append([one, other, len(more), f"{fmean(more):+.3f}", stdev(more) / len(more) ** 0.5])
-    return table_text("way|over|n|difference|standard error", pairs)
 
 
 def mean_scores(reports: Sequence[dict[str, Any]], quantity: str, space: str | None, dim: int | None) -> dict[str, float]:
