@@ -129,6 +129,8 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
     given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
     known = {flag for options in flags.values() for flag in options}
+    if content and not given and here not in content:
+        raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
         if flag not in known or (name not in content and flag not in flags[here]):
@@ -237,6 +239,8 @@ def collect(
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
+    if dim and start != "subspace":
+        raise IptError("--dim is of the vectors that prompts start from: it needs --start subspace")
     good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
     near = [*x.collected().values()] if start == "nearest" else []
     starts = warm_starts(x, start, good, data_seed, dim) if start not in ("", "nearest") else None

@@ -783,6 +783,8 @@ def test_a_backbone_in_the_folder_of_the_command_has_a_name(
 def test_a_start_of_vectors_is_none_of_prompts(cli: Cli) -> None:
     told = cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt", "--start", "nearest")
     assert_one_error(told, "--start nearest is for vectors: 'ipt collect --start' is for prompts")
+    told = cli("collect", *SHORT, "--task", "mood-good", "--start", "nearest", "--dim", 4)
+    assert_one_error(told, "--dim is of the vectors that prompts start from: it needs --start subspace")
 
 
 def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -840,6 +842,7 @@ def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, 
         ("collect: {alpha: 4}", "there is no option --alpha"),
         ("- steps", "expected a mapping, got a list"),
         ("steps: [", "is not readable as YAML"),
+        ("tune: {steps: 4}\nrun: {}", "holds options of tune and run, none of collect"),
         ("collect: 5", "'collect' must be a mapping, not 5 (quote it)"),
         (None, "there is no file"),
     ],

@@ -100,7 +100,12 @@ def test_real_language_has_every_task_unseen_once(
     pooled = printed[printed.index("over tasks") :].splitlines()
     ways = {re.split("  +", line)[0]: re.split("  +", line)[1] for line in pooled[1 : pooled.index("")]}
     assert set(ways.values()) == {str(len(names))}
-    assert {"prompt tuning", "T_test(IST) subspace 4", f"T_test(IST) linear {len(names) - 3}", "T_test(nearest) nearest 0"} <= set(ways)
+    assert {
+        "prompt tuning",
+        "T_test(IST) subspace 4",
+        f"T_test(IST) linear {len(names) - 3}",
+        "T_test(nearest) nearest 0",
+    } <= set(ways)
     assert any(way.startswith("T_test(warm start) prompt") for way in ways)
     unseen = [json.loads(file.read_text(encoding="utf-8"))["unseen"] for file in (tmp_path / "cache").glob("fold-*.yaml")]
     assert sorted(task for fold in unseen for task in fold) == sorted(names)
