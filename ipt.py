@@ -18,6 +18,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -40,13 +41,13 @@ from intrinsic_prompt_tuning.files import user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.page import make_page
 from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
-from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes, stopped_by
+from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, table_text, wrong_answers
 from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.settings import TESTBED, Manners, Sharing, described, versions
 from intrinsic_prompt_tuning.shelf import about_file, cache_files, files_text, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
-from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, load_tasks, missing_files, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS
 from intrinsic_prompt_tuning.tasks.checks import check, read_mapping
 from intrinsic_prompt_tuning.tuning import TuneConfig
 from intrinsic_prompt_tuning.using import predict, tuned_prompts, warm_starts
@@ -128,12 +129,12 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     content, here = read_mapping(file), str(context.info_name)
     check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
     given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
-    known = {flag for options in flags.values() for flag in options}
+    every = {flag for options in flags.values() for flag in options}
     if content and not given and here not in content:
         raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
     for name, value in given.items():
-        flag = f"--{name}".replace("_", "-")
-        if flag not in known or (name not in content and flag not in flags[here]):
+        flag, known = f"--{name}".replace("_", "-"), every if name in content else flags[here]
+        if flag not in known:
             raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
         if parameter := flags[here].get(flag):
             several = parameter.multiple and not isinstance(value, list)
@@ -195,9 +196,9 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
                 function(x, **{name: values[name] for name in own})
                 if Sharing in groups:
                     x.finish()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 terminal.say("stopped: what is done is kept, and the same command goes on from here")
-                raise SystemExit(stopped_by()) from None
+                raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
         parameters = parameters_of(function, groups)
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -239,7 +240,7 @@ def collect(
 
     Example: ipt collect --seen --learning-rate 0.1 --learning-rate 0.3
     """
-    if dim and start != "subspace":
+    if dim and start not in ("", "subspace"):
         raise IptError("--dim is of the vectors that prompts start from: it needs --start subspace")
     good = x.with_rows(x.chosen(task, seen, unseen), data_seed)
     near = [*x.collected().values()] if start == "nearest" else []
@@ -256,7 +257,7 @@ def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = F
     Example: ipt fit-subspace --dim 250 --dim 10
     """
     prompts = x.collected()
-    subspaces = [x.subspace("subspace", one, prompts) for one in dim or [250]]
+    subspaces = [x.subspace("subspace", one, prompts) for one in dict.fromkeys(dim or [250])]
     x.make(subspaces, dry_run=dry_run)
     for subspace in () if dry_run else subspaces:
         x.report.say(f"subspace {subspace.name[:8]}: {x.store.path(subspace)}")
@@ -352,8 +353,7 @@ def predict_command(
         if found.error:
             x.report.say(f"not answered: {found.error}")
         elif as_json:
-            fields = {"task": found.task, "input": found.input, "answer": found.answer, "options": found.options}
-            echo(json.dumps({name: value for name, value in fields.items() if value is not None}, ensure_ascii=False))
+            echo(json.dumps({name: value for name, value in vars(found).items() if value is not None}, ensure_ascii=False))
         else:
             echo(found.answer)
     if bad:
@@ -478,24 +478,14 @@ def tasks_command(
         return
     rows = [[one.name, one.kind, one.metric, x.roles.get(one.name), one.source] for one in tasks]
     echo(table_text("task|kind|metric|role|source", rows).rstrip("\n"))
-    if x.options.data and not (task or x.own):
-        wanted = split_tasks(load_tasks(x.options.tasks_file), x.options.split, subsets(x.options.tasks_file))
-        for sentence in missing_files(x.options.data, wanted, CROSSFIT_SEEDS):
-            x.report.say(sentence)
 
 
-def print_version(asked: bool) -> None:
-    """Print the versions that a report of a mistake needs, and end."""
-    if asked:
+@app.callback(invoke_without_command=True)
+def common(version: Annotated[bool, typer.Option("--version", help="Print versions.")] = False) -> None:
+    """Take what stands before a command: the wish for the versions that a report of a mistake needs."""
+    if version:
         echo(versions())
         raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print versions.")] = False,
-) -> None:
-    """Take what stands before a command."""
 
 
 def main() -> None:
@@ -503,9 +493,8 @@ def main() -> None:
     # Two threads that wait by spinning are many times slower than one where another process wants a core, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     catch_signals()
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by the shell, `>&-`: what would be written there goes nowhere
-            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 (for as long as the process lives)
+    # Closed by the shell, `>&-`, a stream is None: what would be written there goes nowhere.
+    sys.stdout, sys.stderr = (it or Path(os.devnull).open("w") for it in (sys.stdout, sys.stderr))  # noqa: SIM115
     # What is still to be written into a closed pipe goes nowhere, which is no mistake.
     Console.on_broken_pipe = lambda c: os.dup2(os.open(os.devnull, os.O_WRONLY), c.file.fileno())  # type: ignore[assignment]
     try:

@@ -200,10 +200,10 @@ def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template:
     shown = "metric data_seed rows validation validation_loss test_score test_n tokens space dim start imported source precision"
     chat = 'apply_chat_template([{"role": "user", "content": "the input"}], add_generation_prompt=True, return_dict=False, '
     return template.format(
-        name=base, task=prompt.task, backbone=x.options.backbone, folder=folder.name, limit=told.get("answer_limit", 20),
+        name=base, task=prompt.task, backbone=x.options.backbone, folder=folder.resolve().name,
         about="\n".join(f"- {name.replace('_', ' ')}: {told[name]}" for name in shown.split() if name in told),
         base=repr(base) + (f", gguf_file={file!r}" if file.endswith(".gguf") else ""), begin="ids.shape[1]" if causal else "0",
-        model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM",
+        model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM", limit=told.get("answer_limit", 20),
         ids="tokenizer." + (chat if x.backbone.chat else 'encode("the input", ') + 'return_tensors="pt")',
         parts="prompt, embed(ids[0])" if x.backbone.prompt_at == "front" else "embed(ids[0]), prompt",
     )  # fmt: skip

@@ -27,7 +27,7 @@ from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import Choice, Result, Store
 from intrinsic_prompt_tuning.settings import BEHIND, DATA, MACHINE, TESTBED, TESTBED_SETTINGS, TUNING, Setting, settled, versions
 from intrinsic_prompt_tuning.spaces import Space
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, few_shot_files, find_tasks, kept, rows_digest, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, few_shot_files, find_tasks, kept, load_tasks, rows_digest, split_tasks
 from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task
 from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
@@ -126,8 +126,13 @@ class Context:
         """The command that this is for, and all its options."""
         known, own = find_tasks(options.tasks_file, options.data, options.columns, options.kind)
         self.tasks = known | own
-        self.roles = split_tasks(self.tasks, options.split, subsets(options.tasks_file))
+        self.roles = split_tasks(self.tasks, options.split)
         """The split's tasks and what they are in it: seen or unseen."""
+        if options.data and not own:  # a folder of few-shot files
+            wanted = split_tasks(load_tasks(options.tasks_file) | self.tasks, options.split)
+            if absent := [task for task in wanted if task not in self.roles]:
+                names = ", ".join(absent[:5]) + " ..." * (len(absent) > 5)
+                self.report.say(f"{options.data} lacks {len(absent)} of the split's {len(wanted)} tasks: {names}")
         if own and not own.keys() & self.roles.keys():  # the split's subspace, and one's own tasks as what it never saw
             self.roles = dict.fromkeys(self.named("seen"), "seen") | dict.fromkeys(own, "unseen")
         self.own = [task for task in own if task in self.roles]

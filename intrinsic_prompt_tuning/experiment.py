@@ -116,11 +116,13 @@ class Experiment(Context):
                 own = dict(zip(subspace.header["prompts"], subspace.inputs, strict=True))
                 shown = {task: own.get(task, c) for task, c in prompts.items() if task in own or self.roles[task] != "seen"}
                 wanted += [self._score("MSF", task, choice, (subspace,)) for task, choice in shown.items()]
-        for choice in vectors:
+        # One space after the other, as they are large; their tasks in the split's order, on which a bootstrap depends.
+        order: dict[str | None, int] = {name: n for n, name in enumerate((None, *by_name, *prompts))}
+        tuned = [choice for choice in vectors if choice[0].header["task"] in prompts]
+        for choice in sorted(tuned, key=lambda it: (order.get(it[0].header.get("subspace"), 0), order[it[0].header["task"]])):
             header = choice[0].header
-            if header["task"] in prompts:
-                stage = "IST" if "subspace" in header else "two-stage" if header["start"] == "subspace" else "warm start"
-                wanted.append(self._score(stage, header["task"], choice, *(choice[0].inputs if stage == "IST" else ())))
+            stage = "IST" if "subspace" in header else "two-stage" if header["start"] == "subspace" else "warm start"
+            wanted.append(self._score(stage, header["task"], choice, *(choice[0].inputs if stage == "IST" else ())))
         return wanted
 
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:

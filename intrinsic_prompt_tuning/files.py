@@ -52,7 +52,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         UnwritableError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{platform.node()}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -61,10 +61,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UnwritableError(
-            f"cannot write {path}: {error.strerror or error}; name another folder with --cache or --out"
-        ) from error
+    except OSError as why:
+        raise UnwritableError(f"cannot write {path}: {why.strerror or why}; name another folder with --cache or --out") from why
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -75,12 +73,11 @@ def sweep(folder: Path) -> None:
     half = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d+)")
     for parent, _, names in os.walk(folder) if os.name == "posix" else ():  # folders may go meanwhile
         for match in filter(None, map(half.fullmatch, names)):
-            try:
-                os.kill(int(match[1]), 0)  # asks only whether it lives
-            except ProcessLookupError:
-                Path(parent, match[0]).unlink(missing_ok=True)
-            except PermissionError:
-                pass  # it does, and is another person's
+            with contextlib.suppress(OSError, OverflowError):  # it is another person's, or no number of a process
+                try:
+                    os.kill(int(match[1]), 0)  # asks only whether it lives
+                except ProcessLookupError:
+                    Path(parent, match[0]).unlink()
 
 
 def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -98,8 +95,8 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         IptError: it is not a safetensors file of ipt, or is of another version.
     """
-    with _opened(path) as file:
-        return _parsed(path, file.metadata())[0]
+    with _opened(path) as opened:
+        return opened[1]
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -108,8 +105,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
     Raises:
         IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.
     """
-    with _opened(path) as file:
-        header, record, checksum = _parsed(path, file.metadata())
+    with _opened(path) as (file, header, record, checksum):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if checksum != _checksum(header, record, tensors):
             raise ValueError("its checksum is another")
@@ -117,29 +113,22 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; what cannot be read of it is damaged."""
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], str]]:
+    """Open a safetensors file, and read header, record and checksum of its metadata; what cannot be read of it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         if path.exists() and not path.is_file():  # a pipe would make its reader wait for ever
             raise OSError("it is no plain file")
         with safe_open(path, framework="pt") as file:
-            yield file
+            content = json.loads((file.metadata() or {})["ipt"])
+            header, record, version = content["header"] | {}, content["record"] | {}, content["header"].get("version")
+            if version != FILE_VERSION:
+                what = f"{path} has file version {version}, expected {FILE_VERSION}"
+                raise IptError(f"{what}: remove it, and the command makes it anew, or use the ipt that made it")
+            yield file, header, record, content["checksum"]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"is not a file of ipt, or is damaged ({short(error, 200)})") from error
-
-
-def _parsed(path: Path, metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return header, record and checksum of a file's metadata."""
-    content = json.loads((metadata or {})["ipt"])
-    header, record, version = content["header"] | {}, content["record"] | {}, content["header"].get("version")
-    if version != FILE_VERSION:
-        raise IptError(
-            f"{path} has file version {version}, expected {FILE_VERSION}: remove it, and the command makes it anew, or use the "
-            "ipt that made it"
-        )
-    return header, record, content["checksum"]
 
 
 def _checksum(header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -28,15 +28,11 @@ LEARNING = ("collect", "fit-subspace", "tune", "run")
 def make_page(x: Experiment, report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Return the page of a report (see `make_report`) and pictures as SVG, by the names of their files."""
     told = {name: _short(value) for name, value in report.items() if name != "scores"}
-    tuned = {score["task"] for score in report["scores"]}
-    failed = [
-        *x.left_out.values(),
-        *(f"{task}: no soft prompt in the cache" for task in x.roles if task not in {*x.left_out, *tuned}),
-    ]
-    images = [
-        f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">' for name, svg in pictures.items()
-    ]
+    known = {*x.left_out, *(score["task"] for score in report["scores"])}
+    failed = [*x.left_out.values(), *(f"{task}: no soft prompt in the cache" for task in x.roles if task not in known)]
     failed += [f"{task}: prompt tuning is no better than no prompt" for task in report["no_better_than_no_prompt"]]
+    encoded = {escape(name): b64encode(svg).decode() for name, svg in pictures.items()}
+    images = [f'<img alt="{name}" src="data:image/svg+xml;base64,{svg}">' for name, svg in encoded.items()]
     sections = {
         "Scores": f"<pre>{escape(report_text(told, wide=False))}</pre>",
         "Pictures": "".join(images) or "<p>None could be drawn.</p>",
@@ -64,7 +60,7 @@ def _options(x: Experiment) -> str:
 def _short(value: Any) -> Any:
     """Return the name of a file or folder, which says nothing about whose machine it is on; all else as it is."""
     is_path = isinstance(value, str) and os.path.exists(value)  # noqa: PTH110 (it takes any text)
-    return Path(value).name if is_path else value
+    return Path(value).absolute().name if is_path else value
 
 
 def _by_task(x: Experiment, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -142,10 +142,12 @@ def _panel(ax: Any, drawn: Mapping[str, Sequence[Row]], quantity: Quantity, acro
     """Draw lines with intervals; bars at one place stand side by side, and what tunes no number stands left of all."""
     log, numbers, nth = across == "dim", sorted({row[across] for own in drawn.values() for row in own}), dict.fromkeys(SPACES, 0)
     places = {number: float(number) or numbers[1] / 3 for number in numbers}  # a logarithm has no 0
-    for n, (label, own) in enumerate(drawn.items()):
+    beside = [label for label, own in drawn.items() if own]  # the others are in the legend alone
+    for label, own in drawn.items():
         line = sorted(own, key=lambda row: int(row[across]))
         space = next(key for key in SPACES if label.startswith(SPACES[key][0]))
-        (_, colour, marker), again, aside = SPACES[space], nth[space], n - (len(drawn) - 1) / 2
+        (_, colour, marker), again = SPACES[space], nth[space]
+        aside = beside.index(label) - (len(beside) - 1) / 2 if own else 0
         step = [
             places[row[across]] * 1.045**aside if log else places[row[across]] + aside * (numbers[-1] - numbers[0]) / 90
             for row in line

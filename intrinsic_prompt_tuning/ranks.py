@@ -6,6 +6,7 @@ Ranks never talk to each other: which results are whose follows from names and c
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -33,13 +34,12 @@ def n_neighbours() -> int:
 
 def own_share(costs: Sequence[float]) -> list[int]:
     """Return which pieces of work are this rank's, when the costliest go first, each to the rank with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(n_ranks())]
-    load = [0.0] * n_ranks()
+    load, own = [0.0] * n_ranks(), list[int]()
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
         to = load.index(min(load))
-        shares[to].append(piece)
         load[to] += costs[piece]
-    return sorted(shares[rank()])
+        own += [piece] * (to == rank())
+    return sorted(own)
 
 
 def n_cores() -> int:
@@ -78,9 +78,9 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
             for n in range(count)
         ]
         try:
-            while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+            while not any(codes := [process.poll() for process in ranks]) and None in codes:
                 time.sleep(0.05)
-            if any(process.poll() for process in ranks):
+            if any(codes):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     ranks[0].wait(5)  # it meets the same mistake a moment later, if it is a person's
             first = next((n for n, process in enumerate(ranks) if process.poll()), 0)
@@ -92,30 +92,20 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
             return 128 - code, f"{told}error: process {first + 1} of {count} was ended by signal {-code}{why}\n"
         finally:
             for process in ranks:
-                if process.poll() is None:
-                    process.terminate()  # which saves unfinished work
+                process.terminate()  # which saves unfinished work, where it still runs
             for process in ranks:
                 process.wait()
 
 
-_STOPPED: dict[int, float] = {}
-"""The signals that have asked for an end, and when they came."""
-
-
 def catch_signals() -> None:
     """Let Ctrl-C and SIGTERM save unfinished work; within five seconds they are one wish, which a launcher passes on."""
+    last = -math.inf
 
     def stop(number: int, _: object) -> None:
-        now = time.monotonic()
-        if not _STOPPED or now > min(_STOPPED.values()) + 5:
-            _STOPPED[number] = now
-            raise KeyboardInterrupt
+        nonlocal last
+        if time.monotonic() > last + 5:
+            last = time.monotonic()
+            raise KeyboardInterrupt(number)
 
-    _STOPPED.clear()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-
-
-def stopped_by() -> int:
-    """Return the exit code that tells the first of these signals."""
-    return 128 + next(iter(_STOPPED))

@@ -95,7 +95,7 @@ class Prediction:
     answer: str = ""
     options: dict[str, float] | None = None
     """Option -> probability among the options."""
-    error: str = ""
+    error: str | None = None
 
 
 def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str], default: str) -> Iterator[Prediction]:

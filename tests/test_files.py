@@ -153,6 +153,12 @@ def test_a_write_that_fails_leaves_nothing_behind_and_keeps_what_was_there(tmp_p
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("name", [".", "/", ".."])
+def test_a_folder_s_own_name_cannot_be_written(name: str) -> None:
+    with pytest.raises(IptError, match=r"cannot write \S+: .*; name another folder with --cache or --out"):
+        files.write_bytes(Path(name), b"content")
+
+
 def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_one(tmp_path / "one")
     before = path.read_bytes()

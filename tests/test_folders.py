@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from conftest import TASKS_FILE as SMALL
 from conftest import files_in
 
+from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Sample, Task, find_few_shot_tasks, kept, load_tasks, missing_files
+from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Sample, Task, find_few_shot_tasks, find_tasks, kept, load_tasks
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 
 TASKS = load_tasks(TASKS_FILE)
@@ -126,14 +129,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     write_files(tmp_path, "ag_news", "PART\tWorld\n")
     with pytest.raises(IptError, match="task 'ag_news' has no train and dev files for data seed 87; the folder has 13, 100"):
         found(tmp_path, "ag_news").sample(87, 16, None)
-    assert missing_files(tmp_path, ["ag_news"], [13, 100]) == []
     for path in (tmp_path / "ag_news").glob("*_test.tsv"):
         path.unlink()
-    assert missing_files(tmp_path, ["ag_news", "boolq"], [13, 21, 42]) == [
-        "task 'ag_news' lacks data seeds 21, 42",
-        "task 'ag_news' has no test file",
-        f"task 'boolq' is not in {tmp_path}",
-    ]
     task = found(tmp_path, "ag_news")
     assert task.source == "few-shot files, K 16, data seeds 13 100, no test rows"
     with pytest.raises(IptError, match=r"task 'ag_news' has no test file; add ag_news_16_13_test\.tsv to its folder"):
@@ -141,13 +138,32 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert task.sample(13, 16, 0).test == ()
 
 
+def test_what_a_folder_lacks_of_the_split_is_said(tmp_path: Path) -> None:
+    class Told(Reporter):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said = list[str]()
+    write_files(tmp_path, "ag_news", "PART\tWorld\n")
+    (split := tmp_path / "mine.yaml").write_text("{seen: [ag_news], unseen: []}", encoding="utf-8")
+    assert [*Context({"data": tmp_path, "split": str(split)}, Told()).roles] == ["ag_news"] and not said
+    Context({"data": tmp_path}, Told())
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))} lacks 119 of the split's 120 tasks: (\S+, ){{4}}\S+ \.\.\.", *said)
+
+
 # --- Hostile files -------------------------------------------------------------------------------
 
 
-def test_broken_lines_and_empty_folders_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_train_and_dev_rows_holds_no_task(tmp_path: Path) -> None:
+    write_files(tmp_path, "ag_news", "PART\tWorld\n")
+    for path in (tmp_path / "ag_news").glob("*_dev.tsv"):
+        path.unlink()
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(IptError, match="holds no task; expected files such as"):
-            find_few_shot_tasks(folder, TASKS)
+        with pytest.raises(IptError, match="(holds no task|is not there); expected files such as .* and the same with dev"):
+            find_tasks(TASKS_FILE, folder, "", None)
+
+
+def test_broken_lines_are_refused(tmp_path: Path) -> None:
     write_files(tmp_path, "ag_news", "no tab here\n")
     with pytest.raises(IptError, match=r"ag_news_16_13_train\.tsv, line 1: expected an input, a tab and the references"):
         found(tmp_path, "ag_news").sample(13, 16, 0)

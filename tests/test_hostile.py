@@ -17,17 +17,7 @@ from conftest import TASKS_FILE
 
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.tasks import (
-    Example,
-    Sample,
-    Task,
-    find_few_shot_tasks,
-    kept,
-    load_tasks,
-    missing_files,
-    split_tasks,
-    subsets,
-)
+from intrinsic_prompt_tuning.tasks import Example, Sample, Task, find_few_shot_tasks, kept, load_tasks, split_tasks
 from intrinsic_prompt_tuning.tasks.examples import check_names
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.hub import hub_task
@@ -87,12 +77,11 @@ def test_a_row_that_reads_a_local_file_beside_others_or_by_a_file_url_is_not_kep
     assert hub_task("x", ROW | {"dataset": str(tmp_path)}, Path("f.yaml")).definition is None
 
 
-def test_a_seed_without_train_rows_and_a_file_that_is_no_test_file_are_missing(tmp_path: Path) -> None:
+def test_a_seed_without_train_rows_and_a_file_that_is_no_test_file_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "n").mkdir()
     for name in ("n_16_13_train.tsv", "n_16_13_dev.tsv", "n_16_21_dev.tsv", "old_test.txt"):
         (tmp_path / "n" / name).write_text("a\tb\n")
-    expected = ["task 'n' lacks data seeds 21", "task 'n' has no test file"]
-    assert missing_files(tmp_path, ["n"], [13, 21]) == expected
+    assert find_few_shot_tasks(tmp_path, {})["n"].source == "few-shot files, K 16, data seeds 13, no test rows"
 
 
 def test_names_in_a_folder_are_those_that_a_tasks_file_may_have(tmp_path: Path) -> None:
@@ -134,14 +123,14 @@ def test_half_a_character_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("  small:\n", "  1:\n"), ("splits: {tiny: seen}", "splits: {20: seen}"), ("\ntasks:", "\nsubsets: {20: [mood-good]}\ntasks:"),
+    ("  small:\n", "  1:\n"), ("splits: {tiny: seen}", "splits: {20: seen}"),
     ("      mood:\n", "      no: {columns: [a], rows: [b]}\n      mood:\n"),
 ])  # fmt: skip
-def test_keys_that_are_no_text_and_subsets_of_unknown_tasks_are_refused(tmp_path: Path, old: str, new: str) -> None:
+def test_keys_that_are_no_text_are_refused(tmp_path: Path, old: str, new: str) -> None:
     with pytest.raises(IptError, match=r"own\.yaml"):
         tasks = load(tmp_path, TASKS_FILE.replace(old, new, 1))
         kept(tasks["mood-good"], tmp_path).sample(1, 4, 4)
-        split_tasks(tasks, "few" if "few" in new else "tiny", subsets(tmp_path / "own.yaml"))
+        split_tasks(tasks, "tiny")
 
 
 # --- test_hub.py ---------------------------------------------------------------------------------
@@ -192,7 +181,7 @@ def little_memory() -> Iterator[None]:
         "reader: {x: *x11}", "keep: {x: *x11}", "transform: *x11", "transform: [pair, *x11]", "verbalizer: {a: *x11}", "note: *x11",
         "options: *x11", "data_files: *x11", "clean: {x: *x11}", "*x11 : x",
     )),
-    BOMB + "worlds: *x11\ntasks: {}\n", BOMB + "subsets: {few: *x11}\ntasks: {}\n", BOMB + "tasks: *x11\n",
+    BOMB + "worlds: *x11\ntasks: {}\n", BOMB + "few: *x11\ntasks: {}\n", BOMB + "tasks: *x11\n",
     MERGES + "tasks: {}\n", "tasks:\n  ? &a [*a]\n  : 1\n", "tasks: &a {t: *a}\n",
     *(f"tasks:\n  t: {{dataset: d, template: '{{a}}', answer: b, metric: ACC, {field}}}\n" for field in (
         "keep: {x: &x [*x]}", "reader: &x {x: *x}", "transform: &x [*x]", 'template: "\\uD800{a}"', 'verbalizer: {a: "\\uDFFF"}',

@@ -267,7 +267,7 @@ def test_a_row_s_loss_alone_equals_its_loss_in_a_padded_batch(request: pytest.Fi
 
 others_write = settings(max_examples=int(os.environ.get("IPT_EXAMPLES", "60")))
 yaml_pieces = st.sampled_from([
-    "tasks:", "worlds:", "subsets:", "seen:", "unseen:", " t: ", "\n", "\n  ", "\n    ", "{", "}", "[", "]", ", ", ": ", "- ", "&a ", "*a", "<<: *a", "!!python/name:os.system ",
+    "tasks:", "worlds:", "seen:", "unseen:", " t: ", "\n", "\n  ", "\n    ", "{", "}", "[", "]", ", ", ": ", "- ", "&a ", "*a", "<<: *a", "!!python/name:os.system ",
     "!!binary ", "!!set ", "? ", "| ", "> ", "'", '"', "\\uD800", "dataset: d", "template: '{a}'", "answer: b", "metric: ACC", "world: small", "question: mood good",
     "kind: classification", "keep: ", "reader: ", "transform: ", "merge", "verbalizer: ", "yes", "0x1", "1:59:59", "2020-01-01", ".inf", "~", "#", "%YAML 1.1", "---", "...", "\t",
     "\0", "\ufeff", "é",

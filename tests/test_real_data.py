@@ -25,7 +25,7 @@ from conftest import Result, files_in, run_ipt, spread
 import ipt
 from intrinsic_prompt_tuning.backbone import load_backbone
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks, split_tasks
 from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
 
 FOLDER = Path(os.environ.get("IPT_CROSSFIT", Path(ipt.__file__).resolve().parent.parent / "shared" / "crossfit"))
@@ -120,7 +120,7 @@ def done(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_task_has_its_kind_metric_and_place(data: Path) -> None:
     tasks = find_few_shot_tasks(data, load_tasks(TASKS_FILE))
     assert {name: task.kind for name, task in tasks.items()} == KINDS
-    places = split_tasks(tasks, "random", subsets(TASKS_FILE))
+    places = split_tasks(tasks, "random")
     assert places == dict.fromkeys(SEEN, "seen") | dict.fromkeys(UNSEEN, "unseen")
     assert tasks["glue-cola"].metric == "Matthew-Correlation"
 

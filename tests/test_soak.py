@@ -133,6 +133,21 @@ def test_what_another_person_s_process_is_writing_stays(tmp_path: Path, monkeypa
     assert half.exists()
 
 
+def test_what_another_person_left_and_what_no_process_can_have_written_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [tmp_path / f".whole.{os.uname().nodename}-{number}" for number in (2**22 + 1, 10**30)]
+    for path in left:
+        path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    sweep(tmp_path)
+    assert all(path.exists() for path in left)
+
+
 # --- Determinism ---------------------------------------------------------------------------------
 
 

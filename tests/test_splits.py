@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, Task, load_tasks, split_tasks, subsets
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Task, load_tasks, split_tasks
 
-TASKS, SUBSETS = load_tasks(TASKS_FILE), subsets(TASKS_FILE)
+TASKS = load_tasks(TASKS_FILE)
 
 # --- Splits of tasks.yaml ------------------------------------------------------------------------
 
 
 def count(name: str) -> dict[str, int]:
-    return dict(collections.Counter(split_tasks(TASKS, name, SUBSETS).values()))
+    return dict(collections.Counter(split_tasks(TASKS, name).values()))
 
 
 def test_the_papers_splits_have_its_sizes() -> None:
@@ -26,13 +27,13 @@ def test_the_papers_splits_have_its_sizes() -> None:
     assert [count(f"random-{size}") for size in (20, 40, 60, 80)] == [{"seen": size, "unseen": 20} for size in (20, 40, 60, 80)]
 
 
-def test_subsets_are_seen_tasks_of_random() -> None:
-    roles = split_tasks(TASKS, "random", {})
-    assert all(roles[name] == "seen" for names in SUBSETS.values() for name in names)
+def test_smaller_splits_have_roles_of_random() -> None:
+    random = split_tasks(TASKS, "random")
+    assert all(split_tasks(TASKS, f"random-{size}").items() <= random.items() for size in (20, 40, 60, 80))
 
 
 def test_leaving_a_type_out_makes_all_its_tasks_unseen() -> None:
-    roles = split_tasks(TASKS, "without-nli", SUBSETS)
+    roles = split_tasks(TASKS, "without-nli")
     assert collections.Counter(roles.values()) == {"seen": 94, "unseen": 7}
     assert {name for name, role in roles.items() if role == "unseen"} == {
         name for name in roles if TASKS[name].category == "cls/nli"
@@ -40,16 +41,16 @@ def test_leaving_a_type_out_makes_all_its_tasks_unseen() -> None:
 
 
 def test_a_split_names_its_tasks_in_the_order_of_the_file(tasks: dict[str, Task]) -> None:
-    roles = split_tasks(tasks, "tiny", {})
+    roles = split_tasks(tasks, "tiny")
     assert list(roles) == list(tasks)
     assert [name for name, role in roles.items() if role == "unseen"] == ["even-or-good", "day-then-count"]
 
 
 def test_an_unknown_split_names_the_nearest_all_others_and_the_way_to_an_own_one(tasks: dict[str, Task]) -> None:
     with pytest.raises(IptError, match="there is no task split 'randon'; did you mean 'random'"):
-        split_tasks(TASKS, "randon", SUBSETS)
-    with pytest.raises(IptError, match=r"'tinny'; did you mean 'tiny'\?; there are few, tiny, or a file: --split mine\.yaml"):
-        split_tasks(tasks, "tinny", {"few": ["mood-good"]})
+        split_tasks(TASKS, "randon")
+    with pytest.raises(IptError, match=r"'tinny'; did you mean 'tiny'\?; there are tiny, or a file: --split mine\.yaml"):
+        split_tasks(tasks, "tinny")
 
 
 # --- A user's own --------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def test_an_unknown_split_names_the_nearest_all_others_and_the_way_to_an_own_one
 def split_of(tmp_path: Path, text: str, suffix: str = "yaml") -> dict[str, str]:
     file = tmp_path / f"mine.{suffix}"
     file.write_text(text, encoding="utf-8")
-    return split_tasks(TASKS, str(file), {})
+    return split_tasks(TASKS, str(file))
 
 
 def test_a_users_own_list_of_tasks_is_a_split(tmp_path: Path) -> None:
@@ -102,9 +103,10 @@ def test_a_wrong_list_of_tasks_is_refused(tmp_path: Path, text: str, message: st
 
 def test_a_list_of_tasks_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IptError, match=r"there is no file .*mine\.yaml"):
-        split_tasks(TASKS, str(tmp_path / "mine.yaml"), {})
+        split_tasks(TASKS, str(tmp_path / "mine.yaml"))
 
 
-def test_a_subset_that_names_an_unknown_task_is_refused(tasks: dict[str, Task]) -> None:
-    with pytest.raises(IptError, match="the split 'few' names the task 'mood-god', which is not there; did you mean 'mood-good'"):
-        split_tasks(tasks, "few", {"few": ["mood-god"]})
+def test_a_task_of_random_without_a_type_makes_no_split_that_leaves_it_out() -> None:
+    odd = replace(TASKS["anli"], category="")
+    with pytest.raises(IptError, match="there are cls, non-cls, random, random-40, random-80, or a file"):
+        split_tasks({"anli": odd}, "without-")

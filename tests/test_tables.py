@@ -231,7 +231,9 @@ def test_a_folder_of_few_shot_files_is_none_of_tables(tmp_path: Path) -> None:
     assert not few_shot_files(tmp_path) and not few_shot_files(tmp_path / "stats.csv")
     write(tmp_path / "raw" / "reviews_train.jsonl", '{"input": "i", "output": "o"}\n')  # of another form: nobody's
     assert not few_shot_files(tmp_path) and "stats" in find_table_tasks(tmp_path, {})
-    write(tmp_path / "a" / "a_16_100_train.tsv", "i\to\n")
+    for part in ("test", "train", "dev"):  # a test file alone is nobody's either
+        assert not few_shot_files(tmp_path)
+        write(tmp_path / "a" / f"a_16_100_{part}.tsv", "i\to\n")
     assert few_shot_files(tmp_path)
 
 
@@ -298,6 +300,7 @@ def test_too_few_rows_are_counted_and_the_shots_that_they_suffice_for_are_named(
     ("t.csv", b"text,label\na,b,c\n", r"t\.csv, line 2 cannot be read \(no JSON object, or more cells than columns\)"),
     ("t.csv", b"text,label\nx,1\na\n", r"t\.csv, line 3: expected text in text, label, got \['a', None\]"),
     ("t.csv", b"text,label\nx,1\na,\n", r"t\.csv, line 3: expected text in text, label, got \['a', ''\]"),
+    ("t.csv", b"text,label,label\na,b,c\n", r"t\.csv, line 1 cannot be read \(two columns have one name\)"),
     ("t.csv", b'text,label\n"open,1\nb,2\n', r"t\.csv, line 3 cannot be read \(unexpected end of data\)"),
     ("t.csv", b'text,label\n"a"b,1\n', r"t\.csv, line 2 cannot be read"),
     ("t.csv", b'text,label\n"' + b"x\n" * 200_000, r"t\.csv, line \d+ cannot be read \(field larger than field limit"),

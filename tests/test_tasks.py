@@ -11,7 +11,7 @@ from conftest import TASKS_FILE
 
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.tasks import TASKS_FILE as SHIPPED
-from intrinsic_prompt_tuning.tasks import Example, Sample, Task, load_tasks, load_worlds, rows_digest, subsets
+from intrinsic_prompt_tuning.tasks import Example, Sample, Task, load_tasks, load_worlds, rows_digest
 
 
 def test_the_nearest_names_are_offered_and_nothing_when_none_is_near() -> None:
@@ -44,12 +44,11 @@ def test_a_file_holds_tasks_of_worlds_and_of_data_sets_side_by_side(tmp_path: Pa
 def test_all_that_ships_is_read() -> None:
     assert len(load_tasks(SHIPPED)) == 267
     assert list(load_worlds(SHIPPED)) == ["testbed"]
-    assert {name: len(tasks) for name, tasks in subsets(SHIPPED).items()} == {f"random-{size}": size for size in (20, 40, 60, 80)}
 
 
-def test_a_file_without_worlds_and_subsets_has_none(tmp_path: Path) -> None:
+def test_a_file_without_worlds_has_none(tmp_path: Path) -> None:
     assert load(tmp_path, "tasks: {}") == {}
-    assert load_worlds(tmp_path / "own.yaml") == subsets(tmp_path / "own.yaml") == {}
+    assert load_worlds(tmp_path / "own.yaml") == {}
 
 
 ROW = "{world: small, kind: classification, question: mood good"
@@ -91,7 +90,6 @@ ROW = "{world: small, kind: classification, question: mood good"
         ("day: day}", "day: days}", "world small: .*days"),
         ("sentence:", "sentense:", "world small has an unknown field 'sentense'; did you mean 'sentence'"),
         ("worlds:", "worlds: []\nother:", "'worlds' must be a mapping, not a list"),
-        ("tasks:", "subsets: {few: mood-good}\ntasks:", "'subsets', entry 'few' must be a list, not mood-good"),
         (
             "splits: {tiny: seen}, pretrained: true",
             "splits: seen, pretrained: true",

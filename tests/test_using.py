@@ -21,7 +21,7 @@ import ipt
 from intrinsic_prompt_tuning.backbone import Answer, Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file
-from intrinsic_prompt_tuning.tasks import PARTS, TASKS_FILE, Example, load_tasks
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, load_tasks
 from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.hub import read_hub_row
@@ -229,7 +229,7 @@ def test_every_template_that_ships_renders_a_record_without_its_answer() -> None
     """The rows of tasks.yaml, on records of the columns that their templates and options name."""
     shipped = [
         read_hub_row(name, row, TASKS_FILE)
-        for name, row in read_mapping(TASKS_FILE, "tasks", PARTS)["tasks"].items()
+        for name, row in read_mapping(TASKS_FILE, "tasks")["tasks"].items()
         if "world" not in row
     ]
     assert len(shipped) == 147

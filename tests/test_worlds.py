@@ -78,6 +78,10 @@ def test_labels_stand_in_the_order_of_the_lexicon(world: World) -> None:
     assert world.labels("mood tone then day word")[:4] == ["good monday", "good tuesday", "good sunday", "bad monday"]
 
 
+def test_white_space_in_a_question_does_not_count(world: World) -> None:
+    assert world.labels("animal  class") == world.labels("animal class")
+
+
 # --- Rows ----------------------------------------------------------------------------------------
 
 

@@ -6,14 +6,13 @@ tasks are seen; checks.py reads what people write in YAML.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intrinsic_prompt_tuning.tasks.checks import build, read_mapping
+from intrinsic_prompt_tuning.tasks.checks import build, check, read_mapping
 from intrinsic_prompt_tuning.tasks.crossfit import CROSSFIT_SEEDS
 from intrinsic_prompt_tuning.tasks.examples import Example, Rows, Sample, Task, check_names, rows_digest
-from intrinsic_prompt_tuning.tasks.folders import few_shot_files, find_few_shot_tasks, kept, missing_files
+from intrinsic_prompt_tuning.tasks.folders import few_shot_files, find_few_shot_tasks, kept
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 from intrinsic_prompt_tuning.tasks.splits import split_tasks
 from intrinsic_prompt_tuning.tasks.tables import Kind, find_table_tasks
@@ -21,14 +20,12 @@ from intrinsic_prompt_tuning.tasks.worlds import World, world_task
 
 __all__ = [
     "CROSSFIT_SEEDS", "TASKS_FILE", "Example", "Rows", "Sample", "Task", "World", "few_shot_files", "find_few_shot_tasks",
-    "find_table_tasks", "find_tasks", "kept", "load_tasks", "load_worlds", "missing_files", "rows_digest",
-    "split_tasks", "subsets",
+    "find_table_tasks", "find_tasks", "kept", "load_tasks", "load_worlds", "rows_digest", "split_tasks",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).parents[1]
 TASKS_FILE = next(file for file in (_PACKAGE / "tasks.yaml", _PACKAGE.parent / "tasks.yaml") if file.exists())
 """Installed inside the package; in a clone beside it."""
-PARTS = {"worlds": dict[str, Any], "subsets": dict[str, list[str]]}
 
 
 def load_tasks(file: Path) -> dict[str, Task]:
@@ -37,35 +34,23 @@ def load_tasks(file: Path) -> dict[str, Task]:
     Raises:
         IptError: for the first thing in the file that cannot be read or is wrong.
     """
-    rows, worlds, tasks = _content(file)["tasks"], load_worlds(file), dict[str, Task]()
+    rows, worlds, tasks = read_mapping(file, "tasks")["tasks"], load_worlds(file), dict[str, Task]()
     check_names(rows, file)
     for name, row in rows.items():
-        tasks[name] = (
-            world_task(name, row, worlds, file) if isinstance(row, dict) and "world" in row else hub_task(name, row, file)
-        )
+        of_world = isinstance(row, dict) and "world" in row
+        tasks[name] = world_task(name, row, worlds, file) if of_world else hub_task(name, row, file)
     return tasks
 
 
 def load_worlds(file: Path) -> dict[str, World]:
     """Return the worlds of a tasks file."""
-    rows = _content(file).get("worlds", {})
+    check(rows := read_mapping(file, "tasks").get("worlds", {}), dict[str, Any], f"{file}: 'worlds'")
     return {name: build(World, row, where := f"{file}: world {name}", name=name, where=where) for name, row in rows.items()}
 
 
-def find_tasks(
-    file: Path, data: Path | None = None, columns: str = "", kind: Kind | None = None
-) -> tuple[dict[str, Task], dict[str, Task]]:
+def find_tasks(file: Path, data: Path | None, columns: str, kind: Kind | None) -> tuple[dict[str, Task], dict[str, Task]]:
     """Return the tasks of a tasks file, or of few-shot files, of which it tells what their rows do not; and one's own tables'."""
     known = load_tasks(file)
     if data and few_shot_files(data):
         return find_few_shot_tasks(data, known), {}
     return known, find_table_tasks(data, known, columns, kind) if data else {}
-
-
-def subsets(file: Path) -> Mapping[str, Sequence[str]]:
-    """Return the splits of a tasks file that are lists of seen tasks."""
-    return dict(_content(file).get("subsets", {}))
-
-
-def _content(file: Path) -> dict[str, Any]:
-    return read_mapping(file, "tasks", PARTS)

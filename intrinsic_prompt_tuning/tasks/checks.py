@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 import types
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -33,31 +32,23 @@ def build(kind: type[T], row: Any, where: str, /, **more: Any) -> T:
         if name not in (known := [f.name for f in own]):
             raise IptError(f"{where} has an unknown field '{short(name)}'{nearest(str(name), known)}")
         check(value, hints[name], f"{where}: field '{name}'")
-    for name in needed:
-        if name not in row:
-            raise IptError(f"{where} has no field '{name}', which every row needs")
+    if lacking := [name for name in needed if name not in row]:
+        raise IptError(f"{where} has no field '{lacking[0]}', which every row needs")
     return kind(**row, **more)
 
 
 def check(value: Any, hint: Any, where: str) -> None:
     """Refuse a value that is not of a type: text, a choice (Literal), a list, a mapping, or one of several of these."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return
-    if kind in (types.UnionType, Union):
-        # Of several types the one that the value looks like explains what is wrong with it.
-        fitting = [option for option in inner if isinstance(value, _plain(option))]
-        if not fitting:
-            names = " or ".join(NAMES_OF_TYPES[_plain(option)] for option in inner if option is not types.NoneType)
-            raise IptError(f"{where} must be {names}, not {described(value)}")
-        check(value, fitting[0], where)
-        return
-    if not isinstance(value, _plain(hint)):
-        raise IptError(f"{where} must be {NAMES_OF_TYPES[_plain(hint)]}, not {described(value)}")
+    # Of several types the one that the value looks like explains what is wrong with it.
+    hints = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    fitting = [one for one in hints if one is Any or isinstance(value, _plain(one))]
+    if not fitting:
+        names = " or ".join(NAMES_OF_TYPES[_plain(one)] for one in hints if one is not types.NoneType)
+        raise IptError(f"{where} must be {names}, not {described(value)}")
+    kind, inner = get_origin(fitting[0]), get_args(fitting[0])
     if kind is Literal and value not in inner:
         raise IptError(f"{where} is '{short(value)}'{nearest(value, inner)}; it can be {', '.join(filter(None, inner))}")
-    entries = value.items() if isinstance(value, dict) else enumerate(value, 1) if isinstance(value, list) else ()
-    for entry, item in entries:
+    for entry, item in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
         if kind is dict and not (inner[0] is Any or isinstance(entry, inner[0])):
             raise IptError(f"{where}, entry '{short(entry)}': its name must be text (quote it)")
         check(item, inner[-1], f"{where}, entry '{short(entry)}'")
@@ -132,12 +123,10 @@ def _size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def read_mapping(file: Path, key: str = "", parts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the file's top-level mapping, in which `key` is a mapping if one is named, and `parts` are if they are there."""
+def read_mapping(file: Path, key: str = "") -> dict[str, Any]:
+    """Return the file's top-level mapping, in which `key` is a mapping if one is named."""
     content = read_yaml(file)
     if not isinstance(content, dict) or (key and not isinstance(content.get(key), dict)):
         what = f"a mapping with the key '{key}'" if key else "a mapping"
         raise IptError(f"{file}: expected {what}, got {described(content)}")
-    for name, hint in (parts or {}).items():
-        check(content.get(name, {}), hint, f"{file}: '{name}'")
     return content

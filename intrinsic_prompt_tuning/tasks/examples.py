@@ -86,10 +86,8 @@ class Task:
             if not rows and not (part == "test" and test_rows == 0):
                 raise IptError(f"task '{self.name}' has no {part} rows for data seed {data_seed}")
             for row in rows:
-                if row.options and row.answers[0] not in row.options:
-                    raise IptError(
-                        f"task '{self.name}': a {part} row has the answer '{row.answers[0]}', which is none of {row.options}"
-                    )
+                if row.options and (right := row.answers[0]) not in row.options:
+                    raise IptError(f"task '{self.name}': a {part} row has the answer '{right}', which is none of {row.options}")
         labels = {row.answers[0] for row in sample.test}
         if self.kind == "classification" and len(labels) == 1 and len(sample.test) > 9:
             count, label = len(sample.test), labels.pop()
@@ -102,8 +100,8 @@ def rows_digest(examples: Iterable[Example]) -> str:
     return digest([[e.input, e.answers, e.options, e.tail] for e in examples])
 
 
-RESERVED = re.compile(r"(?i)\.*|con|prn|aux|nul|com\d|lpt\d")
-"""Names that some file systems keep for themselves."""
+NAME = re.compile(r"(?!(?i:|con|prn|aux|nul|com\d|lpt\d)(\.|\Z))[\w.-]+")
+"""What a task can be called: no name that some file systems keep for themselves, and none that begins with a dot."""
 
 
 def check_names(names: Iterable[object], where: Path) -> None:
@@ -114,13 +112,11 @@ def check_names(names: Iterable[object], where: Path) -> None:
     """
     folded: dict[str, str] = {}
     for name in names:
-        fits = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) and len(name.encode()) <= 100
-        if not isinstance(name, str) or not fits or RESERVED.fullmatch(name.partition(".")[0]):
+        if not isinstance(name, str) or not NAME.fullmatch(name) or len(name.encode()) > 100:
             raise IptError(
                 f"{where}: {str(name)[:120]!r} cannot be a task's name: expected at most 100 letters, digits, '.', '_' and '-' "
                 "(100 bytes), and no name that a system keeps (quote yes and no)"
             )
         if (other := folded.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
-            raise IptError(
-                f"{where}: the tasks '{other}' and '{name}' differ by case only, or by what file systems may fold: rename one"
-            )
+            both = f"the tasks '{other}' and '{name}'"
+            raise IptError(f"{where}: {both} differ by case only, or by what file systems may fold: rename one")

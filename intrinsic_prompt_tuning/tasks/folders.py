@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,13 @@ Files = Mapping[tuple[int, int, str], Path]
 
 
 def few_shot_files(folder: Path) -> dict[str, Files]:
-    """Return the few-shot files of each task in a folder; none where it is a table or a folder of tables."""
+    """Return the few-shot files of each task in a folder, where there are train and dev rows; none of a table, or of tables."""
     found: dict[str, dict[tuple[int, int, str], Path]] = {}
     for path in sorted(folder.glob("*/*")):
         match = FEW_SHOT_FILE.fullmatch(path.name)
         if match and match["task"] == path.parent.name and (match["k"] or match["part"] == "test"):
             found.setdefault(match["task"], {})[int(match["k"] or 0), int(match["seed"] or 0), match["part"]] = path
-    return dict(found)
+    return {task: files for task, files in found.items() if _sizes(files)}
 
 
 def _sizes(files: Files) -> dict[int, list[int]]:
@@ -47,16 +47,10 @@ def find_few_shot_tasks(folder: Path, known: Mapping[str, Task]) -> dict[str, Ta
 
     A known name gives kind, metric, splits and category. Of an unknown task the rows tell: the same options in every row are a
     classification, changing ones multiple choice, none free-form answers.
-
-    Raises:
-        IptError: it holds no task.
     """
     found = few_shot_files(folder)
     check_names(found, folder)
-    tasks = {name: _task_of(name, files, known.get(name)) for name, files in found.items() if _sizes(files)}
-    if not tasks:
-        raise IptError(f"{folder} holds no task; expected files such as <task>/<task>_16_100_train.tsv, and the same with dev")
-    return tasks
+    return {name: _task_of(name, files, known.get(name)) for name, files in found.items()}
 
 
 def _task_of(name: str, files: Files, known: Task | None) -> Task:
@@ -67,38 +61,29 @@ def _task_of(name: str, files: Files, known: Task | None) -> Task:
         kind = "free-form" if options == {()} else "classification" if len(options) == 1 else "multiple-choice"
         known = Task(name=name, kind=kind, metric="EM" if kind == "free-form" else "ACC", draw=draw, source="")
     holds = f"K {'/'.join(map(str, sorted({*itertools.chain(*sizes.values())})))}, data seeds {' '.join(map(str, sizes))}"
-    source = f"few-shot files, {holds}{'' if _has_test(files) else ', no test rows'}"
-    draw = partial(draw, per_label=known.kind == "classification", options=known.words)
+    source = f"few-shot files, {holds}{'' if any(part == 'test' for *_, part in files) else ', no test rows'}"
+    draw = partial(draw, labels=known.kind == "classification", words=known.words)
     return replace(known, draw=draw, source=source, definition=None)
 
 
-def _has_test(files: Files) -> bool:
-    return any(part == "test" for *_, part in files)
-
-
-def _draw(
-    name: str, files: Files, data_seed: int, shots: int, test_rows: int | None, *, per_label: bool, options: tuple[str, ...]
-) -> Sample:
+def _draw(name: str, files: Files, seed: int, shots: int, test_rows: int | None, labels: bool, words: tuple[str, ...]) -> Sample:
     """Read the sample of one seed; K is `shots`, or 2 * `shots` in total without labels.
 
-    MetaICL's K counts a classification's rows in total, too, so a folder with one K only has it in either sense. Options are
-    those of every row, for TSV files, which name none.
+    MetaICL's K counts a classification's rows in total, too, so a folder with one K only has it in either sense. The words are
+    the options of every row, for TSV files, which name none.
     """
     sizes = _sizes(files)
-    if data_seed not in sizes:
-        there = ", ".join(map(str, sizes))
-        raise IptError(f"task '{name}' has no train and dev files for data seed {data_seed}; the folder has {there}")
-    k = next((k for k in (shots if per_label else 2 * shots, shots) if k in sizes[data_seed]), None)
+    had = f"for data seed {seed}; the folder has {', '.join(map(str, sizes.get(seed, sizes)))}"
+    if seed not in sizes:
+        raise IptError(f"task '{name}' has no train and dev files {had}")
+    k = next((k for k in (shots if labels else 2 * shots, shots) if k in sizes[seed]), None)
     if k is None:
-        raise IptError(
-            f"task '{name}' has no files of K {shots} for data seed {data_seed}; the folder has "
-            f"{', '.join(map(str, sizes[data_seed]))}: name one with --shots"
-        )
-    test = files.get((k, data_seed, "test"), files.get((0, 0, "test")))
+        raise IptError(f"task '{name}' has no files of K {shots} {had}: name one with --shots")
+    test = files.get((k, seed, "test"), files.get((0, 0, "test")))
     if test is None and test_rows != 0:
-        raise IptError(f"task '{name}' has no test file; add {name}_{k}_{data_seed}_test.tsv to its folder")
-    train, dev = (read_rows(files[k, data_seed, part], options) for part in ("train", "dev"))
-    return Sample(train, dev, drawn_test_rows(read_rows(test, options), test_rows) if test and test_rows != 0 else ())
+        raise IptError(f"task '{name}' has no test file; add {name}_{k}_{seed}_test.tsv to its folder")
+    train, dev = (read_rows(files[k, seed, part], words) for part in ("train", "dev"))
+    return Sample(train, dev, drawn_test_rows(read_rows(test, words), test_rows) if test and test_rows != 0 else ())
 
 
 def read_rows(path: Path, options: tuple[str, ...] = ()) -> Rows:
@@ -158,19 +143,6 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise IptError(f"expected text, or a JSON object with input or the template's columns ({short(error, 200)})") from error
     return task, example
-
-
-def missing_files(folder: Path, wanted: Iterable[str], seeds: Iterable[int]) -> list[str]:
-    """Say, one sentence each, which wanted tasks a folder lacks, and which seeds or test rows the others lack."""
-    found, sentences = few_shot_files(folder), list[str]()
-    for name in wanted:
-        if not (sizes := _sizes(found.get(name, {}))):
-            sentences.append(f"task '{name}' is not in {folder}")
-            continue
-        absent = [str(seed) for seed in seeds if seed not in sizes]
-        sentences += [f"task '{name}' lacks data seeds {', '.join(absent)}"] if absent else []
-        sentences += [] if _has_test(found[name]) else [f"task '{name}' has no test file"]
-    return sentences
 
 
 def kept(task: Task, folder: Path) -> Task:

@@ -123,19 +123,15 @@ class HubRow:
         paths = [self.options] if isinstance(self.options, str) else self.options
         options = tuple(text for path in paths for text in texts(self._value(record, path, "options")))
         clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
-        head, tail = (self._render(part, record, options) for part in self._parts)
+        # Truncation shortens a field, without a name that before the options, and spares the rest of the template.
+        *others, last = places(self.template) or [""]
+        gives_way = self.truncate or (others[-1] if others and last == "options" else "")
+        head, mark, tail = self.template.partition("{" + gives_way + "}")
+        head, tail = self._render(head + mark, record, options), self._render(tail, record, options)
         text, answers = clean(head + tail), self._answers(record, options) if answered else ("",)
         spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
         choices = tuple(dict.fromkeys(self.verbalizer.values())) or (() if self.pick == "free" else options)
         return Example(text, answers, choices, spared)
-
-    @property
-    def _parts(self) -> tuple[str, str]:
-        """The template up to the field that truncation shortens, and the rest, which it spares."""
-        *others, last = places(self.template) or [""]
-        gives_way = self.truncate or (others[-1] if others and last == "options" else "")
-        head, mark, tail = self.template.partition("{" + gives_way + "}")
-        return head + mark, tail
 
     def _render(self, template: str, record: Record, options: Sequence[str]) -> str:
         def text_of(path: str) -> str:
@@ -150,7 +146,10 @@ class HubRow:
     def _answers(self, record: Record, options: Sequence[str]) -> tuple[str, ...]:
         answers = texts(self._value(record, self.answer, "answer"))
         if self.verbalizer:
-            answers = tuple(map(self._word, answers))
+            if unknown := [label for label in answers if label not in self.verbalizer]:
+                has = f"verbalizer has no words for label '{unknown[0]}' of '{self.answer}'"
+                raise IptError(f"{self.where}: {has}, only for {', '.join(self.verbalizer)}; add it")
+            answers = tuple(self.verbalizer[label] for label in answers)
         elif self.pick != "free":
             answers = (self._picked(record, answers[0], options),)
         if self.references:
@@ -160,14 +159,6 @@ class HubRow:
         if self.join_answers is not None:
             answers = (self.join_answers.join(answers),)
         return tuple(map(CLEANERS[self.clean_answers], answers)) or ("",)
-
-    def _word(self, label: str) -> str:
-        if label not in self.verbalizer:
-            known = ", ".join(self.verbalizer)
-            raise IptError(
-                f"{self.where}: verbalizer has no words for label '{label}' of '{self.answer}', only for {known}; add it"
-            )
-        return self.verbalizer[label]
 
     def _picked(self, record: Record, key: str, options: Sequence[str]) -> str:
         """Return the right option."""
@@ -180,14 +171,12 @@ class HubRow:
                 return option
         raise IptError(f"{self.where}: '{key}' of '{self.answer}' is no {self.pick} of the {len(options)} options {options}")
 
-    def _value(self, record: Record, path: str, field_name: str) -> Any:
+    def _value(self, record: Record, path: str, said: str) -> Any:
         try:
             return look_up(record, path)
         except (KeyError, IndexError, TypeError) as error:
-            columns = ", ".join(record)
-            raise IptError(
-                f"{self.where}: {field_name} names '{path}', which the data lacks; its columns are {columns}"
-            ) from error
+            there = ", ".join(record)
+            raise IptError(f"{self.where}: {said} names '{path}', which the data lacks; its columns are {there}") from error
 
     def rows_of_split(self, split: str) -> Rows:
         """Load one split as examples, in CrossFit's order."""
@@ -195,10 +184,8 @@ class HubRow:
         rows = tuple(self.examples(self._load_records(name)))
         if not bracket:
             return rows
-        start, stop = (
-            int(int(bound[:-1]) / 100 * len(rows)) if bound.endswith("%") else int(bound) if bound else None
-            for bound in bounds.removesuffix("]").split(":")
-        )
+        ends = bounds.removesuffix("]").split(":")
+        start, stop = (int(int(end[:-1]) / 100 * len(rows)) if "%" in end else int(end) if end else None for end in ends)
         return tuple(shuffled(rows, 42)[start:stop])
 
     @property
@@ -270,10 +257,8 @@ def _check_row(row: HubRow) -> None:
     if unknown := set(places(row.option_style)) - {"letter", "text"}:
         raise IptError(f"{row.where}: option_style names '{unknown.pop()}', but there are only letter and text")
     if row.transform and (not isinstance(row.transform[0], str) or row.transform[0] not in TRANSFORMS):
-        name = str(row.transform[0])
-        raise IptError(
-            f"{row.where}: there is no transform '{name}'{nearest(name, TRANSFORMS)}; there are {', '.join(TRANSFORMS)}"
-        )
+        wrong = f"there is no transform '{row.transform[0]}'{nearest(str(row.transform[0]), TRANSFORMS)}"
+        raise IptError(f"{row.where}: {wrong}; there are {', '.join(TRANSFORMS)}")
     if row.pick == "label" and not row.option_labels:
         raise IptError(f"{row.where}: pick is 'label', so option_labels must name the column of the labels")
     for split in (row.train, row.test):

@@ -30,9 +30,7 @@ def texts(value: Any) -> tuple[str, ...]:
     """Flatten a value to strings: lists in order, a missing value as the empty string, booleans as YAML writes them."""
     if isinstance(value, list):
         return tuple(text for item in value for text in texts(item))
-    if value is None:
-        return ("",)
-    return (str(value).lower() if isinstance(value, bool) else str(value),)
+    return ("" if value is None else str(value).lower() if isinstance(value, bool) else str(value),)
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
@@ -73,10 +71,9 @@ def _pair(records: Iterable[Record], right: str, wrong: str) -> Iterator[Record]
     """Put two sentences in an order drawn row by row (seed 42); `label` is the position of the right one."""
     coin = np.random.RandomState(42)
     for record in records:
-        if coin.random_sample() > 0.5:
-            yield {"first": record[right], "second": record[wrong], "label": 0}
-        else:
-            yield {"first": record[wrong], "second": record[right], "label": 1}
+        label = int(coin.random_sample() <= 0.5)
+        first, second = (wrong, right) if label else (right, wrong)
+        yield {"first": record[first], "second": record[second], "label": label}
 
 
 def _acronym(records: Iterable[Record]) -> Iterator[Record]:

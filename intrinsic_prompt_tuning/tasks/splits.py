@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -13,14 +13,13 @@ from intrinsic_prompt_tuning.tasks.examples import Role, Task
 ROLES: tuple[str, ...] = get_args(Role)
 
 
-def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def split_tasks(tasks: Mapping[str, Task], name: str) -> dict[str, str]:
     """Resolve the name of a split to task -> role: seen, unseen, unseen-in or unseen-out.
 
     Args:
-        tasks: All known tasks; their `splits` say what they are in random, cls and non-cls.
-        name: Such a split; a name in `subsets`; without-<type>, such as without-nli: the seen tasks of random but for those of
-            one type, and all tasks of that type as unseen; or a YAML file of the user's with a list of tasks for each role.
-        subsets: Name -> the seen tasks, for random-20 and the like, whose unseen tasks are those of random.
+        tasks: All known tasks; their `splits` say what they are in random, cls and the like.
+        name: Such a split; without-<type>, such as without-nli: the seen tasks of random but for those of one type, and all
+            tasks of that type as unseen; or a YAML file of the user's with a list of tasks for each role.
 
     Raises:
         IptError: there is no such split.
@@ -28,23 +27,15 @@ def split_tasks(tasks: Mapping[str, Task], name: str, subsets: Mapping[str, Sequ
     if name.endswith((".yaml", ".yml")):
         return read_split(Path(name), tasks)
     base = {task.name: task.splits["random"] for task in tasks.values() if "random" in task.splits}
-    types = {task: "without-" + tasks[task].category.partition("/")[2] for task in base}
+    types = {task: f"without-{kind}" for task in base if (kind := tasks[task].category.partition("/")[2])}
     if name in types.values():
         return {
-            task: "unseen" if types[task] == name else role
-            for task, role in base.items()
-            if name == types[task] or role == "seen"
+            t: "unseen" if types.get(t) == name else role for t, role in base.items() if name == types.get(t) or role == "seen"
         }
-    if name in subsets:
-        for task in subsets[name]:
-            if task not in tasks:
-                raise IptError(f"the split '{name}' names the task '{task}', which is not there{nearest(task, tasks)}")
-        return dict.fromkeys(subsets[name], "seen") | {task: role for task, role in base.items() if role != "seen"}
-    known = sorted({*subsets, *types.values(), *(split for task in tasks.values() for split in task.splits)})
+    known = sorted({*types.values(), *(split for task in tasks.values() for split in task.splits)})
     if name not in known:
-        raise IptError(
-            f"there is no task split '{name}'{nearest(name, known)}; there are {', '.join(known)}, or a file: --split mine.yaml"
-        )
+        near = nearest(name, known)
+        raise IptError(f"there is no task split '{name}'{near}; there are {', '.join(known)}, or a file: --split mine.yaml")
     return {task.name: task.splits[name] for task in tasks.values() if name in task.splits}
 
 

@@ -78,9 +78,7 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
     return Task(name=name, kind=kind, metric=metric, draw=draw, source=told, splits={"own": "seen"}, words=words, column=names[0])
 
 
-def _draw(
-    name: str, parts: Mapping[str, Sequence[Example]], per_label: bool, data_seed: int, shots: int, test_rows: int | None
-) -> Sample:
+def _draw(name: str, parts: Mapping[str, list[Example]], per_label: bool, seed: int, shots: int, test_rows: int | None) -> Sample:
     """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total, and as many for validation."""
     count = shots if per_label else 2 * shots
     wanted = count if parts["validation"] else 2 * count
@@ -88,11 +86,11 @@ def _draw(
     label, there = min(counts.items(), key=lambda item: item[1], default=("", 0))
     if there < wanted:
         what = f"rows of the label '{short(label)}'" if label else "rows"
-        remedy = f"name --shots {shots * there // wanted}, or " if shots * there >= wanted else ""
+        way = f"name --shots {shots * there // wanted}, or " if shots * there >= wanted else ""
         raise IptError(
-            f"task '{name}' has {there} {what} beside its test rows, and --shots {shots} wants {wanted}: {remedy}add rows"
+            f"task '{name}' has {there} {what} beside its test rows, and --shots {shots} wants {wanted}: {way}add rows"
         )
-    draw = partial(crossfit_sample, seed=data_seed, shots=count, per_label=per_label)
+    draw = partial(crossfit_sample, seed=seed, shots=count, per_label=per_label)
     train, validation = draw(parts["train"])
     return Sample(train, draw(parts["validation"])[0] or validation, drawn_test_rows(parts["test"], test_rows))
 
@@ -147,8 +145,8 @@ def _example(where: str, record: Record, names: Sequence[str]) -> Example:
     values = [record.get(name) for name in names[:3]] if names[1:] else _turns(where, record.get(names[0]))
     values[2:] = [value.split("|") if isinstance(value, str) and value else value or [] for value in values[2:]]
     text, answers, *options = (tuple(map(str.strip, texts(value))) for value in values)
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    if len(text) != 1 or not answers or not all(text + answers + sum(options, ())) or any(isinstance(i, dict) for i in items):
+    nested = any(isinstance(item, dict | list) for value in values for item in (value if isinstance(value, list) else [value]))
+    if len(text) != 1 or not answers or not all(text + answers + sum(options, ())) or nested:
         raise IptError(f"{where}: expected text in {', '.join(names)}, got {short(values)}")
     return Example(text[0], answers, tuple(dict.fromkeys(*options)) if options else ())
 
@@ -181,6 +179,8 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             source = itertools.chain([head], lines())
             separator = "\t" if kind == ".tsv" else max(",;\t", key=head.count)
             table = csv.DictReader(source, delimiter=separator, strict=True)
+            if kind != ".jsonl" and len(heads := [*filter(None, table.fieldnames or ())]) > len({*heads}):
+                raise ValueError("two columns have one name")
             for record in map(json.loads, filter(str.strip, source)) if kind == ".jsonl" else table:
                 json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be written
                 if not isinstance(record, dict) or None in record:  # DictReader puts what is too much there

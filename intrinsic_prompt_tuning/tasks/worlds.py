@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,9 +56,9 @@ class World:
                 for name, table in self.lexicon.items()
             }
             self._entries = {slot: self.tables[table] for slot, table in self.slots.items()}
-            self._known = {slot: {v for c in self.columns(slot) for v in self.values(slot, c)} for slot in self.slots}
+            self._columns = {(slot, column) for slot in self.slots for column in self.columns(slot)}
+            self._known = {(slot, value) for slot, column in self._columns for value in self.values(slot, column)}
             self.describe(self.draw(random.Random(0)))
-            json.dumps(self.definition, ensure_ascii=False).encode()  # half a character cannot be written
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise IptError(
                 f"{where}: {error!r}: expected 'sentence' (with {{slot.column}}), 'slots' (slot: table), 'lexicon' "
@@ -97,17 +96,13 @@ class World:
 
     def labels(self, question: str) -> list[str]:
         """Return all answers that a question can have, in the lexicon's order."""
-        parts = []
-        for part in question.split(" then "):
-            slot, _, column = part.partition(" ")
-            is_value = slot in self.slots and column in self.columns(slot)
-            parts.append(self.values(slot, column) if is_value else ["no", "yes"])
-        return [" ".join(answer) for answer in itertools.product(*parts)]
+        parts = map(str.split, question.split(" then "))
+        answers = [self.values(*words) if tuple(words) in self._columns else ["no", "yes"] for words in parts]
+        return [" ".join(answer) for answer in itertools.product(*answers)]
 
     def _answer_part(self, words: list[str], scene: Scene) -> str:
-        match words:
-            case [slot, column] if slot in self.slots and column in self.columns(slot):
-                return str(getattr(scene[slot], column))
+        if tuple(words) in self._columns:
+            return str(getattr(scene[words[0]], words[1]))
         return "yes" if self._holds(words, scene) else "no"
 
     def _holds(self, words: list[str], scene: Scene) -> bool:
@@ -119,9 +114,9 @@ class World:
         match words:
             case ["not", *rest]:
                 return not self._holds(rest, scene)
-            case ["same", column, a, b] if all(s in self.slots and column in self.columns(s) for s in (a, b)):
+            case ["same", column, a, b] if {(a, column), (b, column)} <= self._columns:
                 return bool(getattr(scene[a], column) == getattr(scene[b], column))
-            case [slot, value] if slot in self.slots and value in self._known[slot]:
+            case [slot, value] if (slot, value) in self._known:
                 return value in vars(scene[slot]).values()
         raise IptError(
             f"world {self.name}: cannot read the question part {' '.join(words)!r}: expected 'SLOT COLUMN', 'SLOT VALUE' or "
@@ -178,31 +173,23 @@ def draw_world(world: World, question: str, kind: str, data_seed: int, shots: in
 
 
 def draw_rows(world: World, question: str, kind: str, count: int, stream: str, parts: Collection[int]) -> Rows:
-    """Return so many rows of some of the four parts of all sentences; the stream's name is the seed."""
-    rng = random.Random(f"{question} {stream}")
-    return tuple(itertools.islice(_examples(world, question, kind, rng, parts), count))
+    """Return so many rows of some of the four parts of all sentences, every label in turn for classification.
 
-
-def _examples(world: World, question: str, kind: str, rng: random.Random, parts: Collection[int]) -> Iterator[Example]:
-    """Yield examples, the wanted label going round for classification; no sentence comes twice."""
-    seen, labels = set[str](), world.labels(question)
-    for label in itertools.cycle(labels if kind == "classification" else [None]):
+    The stream's name is the seed. No sentence comes twice.
+    """
+    rng, labels, rows = random.Random(f"{question} {stream}"), tuple(world.labels(question)), dict[str, Example]()
+    for label in itertools.islice(itertools.cycle(labels if kind == "classification" else [None]), count):
         for _ in range(100_000):
             scene = world.draw(rng)
-            sentence = world.describe(scene)
-            if sentence in seen or zlib.crc32(sentence.encode()) % 4 not in parts:
-                continue
-            answer = world.answer(question, scene)
-            if label in (None, answer):
+            sentence, answer = world.describe(scene), world.answer(question, scene)
+            if label in (None, answer) and sentence not in rows and zlib.crc32(sentence.encode()) % 4 in parts:
                 break
         else:
             raise IptError(f"world {world.name}: the question '{question}' has too few rows for the answer '{label}'")
-        seen.add(sentence)
-        if kind == "multiple-choice":
-            options = _draw_options(world, question, answer, rng)
-            yield Example(sentence + "".join(f" {OPTION_MARK} {option}" for option in options), (answer,), options)
-        else:
-            yield Example(sentence, (answer,), tuple(labels) if label else ())
+        choices = _draw_options(world, question, answer, rng) if kind == "multiple-choice" else ()
+        shown = "".join(f" {OPTION_MARK} {choice}" for choice in choices)
+        rows[sentence] = Example(sentence + shown, (answer,), labels if label else choices)
+    return tuple(rows.values())
 
 
 def _draw_options(world: World, question: str, answer: str, rng: random.Random) -> tuple[str, ...]:

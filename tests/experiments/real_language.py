@@ -51,7 +51,7 @@ from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.report import make_report, spread_text
-from intrinsic_prompt_tuning.results import Result
+from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks
 
@@ -173,16 +173,20 @@ def folds(arguments: argparse.Namespace) -> None:
     xs = [experiment(arguments, FEW_STEPS | {"split": str(file)}, first) for file in splits]
     kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
 
-    def report_of(x: Experiment) -> dict[str, Any]:
+    def described(x: Experiment) -> tuple[dict[str, Choice], list[Result], list[dict[str, Choice]]]:
+        """Return the unseen tasks' prompts, the spaces, and what is tuned in each space; with all spaces, from the nearest prompt."""
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
         unseen = {task: prompts[task] for task in x.named("unseen")}
         spaces = [x.subspace(kind, dim, collection) for kind, dim in kinds_and_dims]
         x.make([*every(prompts.values()), *spaces])
-        vectors = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
-        for asked, space in zip(kinds_and_dims, spaces, strict=True):
-            vectors += with_rate(x, rate_of(asked)).intrinsic_vectors(unseen, COLLECTION_SEED, space).values()
-        return reported(x, unseen, spaces, vectors)
+        tuned = [
+            with_rate(x, rate_of(asked)).intrinsic_vectors(unseen, COLLECTION_SEED, space)
+            for asked, space in zip(kinds_and_dims, spaces, strict=True)
+        ]
+        if arguments.spaces > len(FOLD_SPACES):
+            tuned.append(x.soft_prompts(unseen, near=[*collection.values()]))
+        return unseen, spaces, tuned
 
     def rate_of(asked: tuple[SpaceKind, int]) -> float:
         if asked not in rates:
@@ -192,9 +196,13 @@ def folds(arguments: argparse.Namespace) -> None:
 
     rates = dict[tuple[SpaceKind, int], float]()
     for x in xs:
-        if begins(arguments.cache, x.options.split + str(len(kinds_and_dims))):
-            report_of(x)
-    told = [score for x in xs for score in report_of(x)["scores"]]
+        for number, own in enumerate(described(x)[2]):
+            if begins(arguments.cache, f"{x.options.split} {number}"):
+                x.make(every(own.values()))
+    told = list[dict[str, Any]]()
+    for x in xs:
+        unseen, spaces, tuned = described(x)
+        told += reported(x, unseen, spaces, [choice for own in tuned for choice in own.values()])["scores"]
     ipt.echo(pooled_text(told))
 
 
