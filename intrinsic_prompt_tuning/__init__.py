@@ -9,8 +9,6 @@ Experiment         all of it over a cache of results, as the command `ipt` does 
 IptError           what every mistake that a person can mend ends in
 """
 
-from __future__ import annotations
-
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment

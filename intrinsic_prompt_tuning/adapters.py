@@ -1,13 +1,11 @@
 """Soft prompts from and for others' programs: PEFT's adapters, vLLM, plain arrays."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intrinsic_prompt_tuning.backbone import TESTBED_FOLDER
 from intrinsic_prompt_tuning.causal import Causal
@@ -15,13 +13,10 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED, sample_digest
 from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.files import digest, read_file, write_bytes, write_file
-from intrinsic_prompt_tuning.lazy import np, torch
+from intrinsic_prompt_tuning.lazy import Tensor, np, torch
 from intrinsic_prompt_tuning.results import Made, Result
 from intrinsic_prompt_tuning.settings import TESTBED
 from intrinsic_prompt_tuning.tuning import outcome
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KINDS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -68,7 +63,7 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
     if shapes[0][0] != length:
         raise IptError(f"{path} holds a prompt of {shapes[0][0]} tokens, expected {length}: use --prompt-length {shapes[0][0]}")
     (prompt,) = tensors.values()
-    if not prompt.is_floating_point() or not prompt.isfinite().all():
+    if not prompt.is_floating_point() or not prompt.float().isfinite().all():
         raise IptError(f"{path} holds numbers that are not floating point or not finite")
     prompt, header = prompt.float().contiguous().to(x.backbone.device), x.header("soft-prompt", task=task) | header
     return TunedPrompt(task or "", prompt, Result(header), record, vector)
@@ -109,18 +104,19 @@ def _adapter(x: Experiment, path: Path, config: dict[str, Any], tensors: dict[st
         raise IptError(f"{path} stands in front of the input of a {kind}, which {x.options.backbone} with these options is not")
     if Path(base).name.lower() != Path(x.options.backbone).name.lower():
         raise IptError(f"{path} is for the model {base}, not {x.options.backbone}: if they are one, correct its {CONFIG}")
-    count = len(tensors.get("prefix_task_cols", ()))
-    if (task_id is None) != (count == 0) or (task_id or 0) >= max(1, count):
-        raise IptError(f"{path} holds {count or 'no'} numbered tasks: mind the option --task-id of 'ipt import', from 0")
     try:
+        count = len(tensors.get("prefix_task_cols", ()))
+        if (task_id is None) != (count == 0) or (task_id or 0) >= max(1, count):
+            raise IptError(f"{path} holds {count or 'no'} numbered tasks: mind the option --task-id of 'ipt import', from 0")
         prompt, length = tensors["prompt_embeddings"].float(), int(config["num_virtual_tokens"])
         if task_id is not None:
             prompt = prompt * (tensors["prefix_task_cols"][task_id].float() @ tensors["prefix_task_rows"][task_id].float())
+        own = prompt[:length]  # plain prompt tuning may have as many rows again for a decoder, and never uses them
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise IptError(f"{path} is no whole adapter: {error!r}") from error
     if count and len(prompt) > length:
         x.report.say(f"{path}: what stands in front of the decoder is left out, so answers differ from PEFT's")
-    return prompt[:length]  # plain prompt tuning may have as many rows again for a decoder, and never uses them
+    return own
 
 
 def _back_projected(x: Experiment, path: Path, name: str, vector: Tensor) -> Tensor:

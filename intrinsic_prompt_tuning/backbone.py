@@ -12,19 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
 from intrinsic_prompt_tuning.errors import IptError, short
 from intrinsic_prompt_tuning.layout import Layout, causal_layout
-from intrinsic_prompt_tuning.lazy import torch, transformers
+from intrinsic_prompt_tuning.lazy import Tensor, torch, transformers
 from intrinsic_prompt_tuning.passes import Budget, first_budgets, to_device
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
 from intrinsic_prompt_tuning.settings import TESTBED
 from intrinsic_prompt_tuning.tasks import Example
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Text = tuple[int, tuple[int, ...]]
 """The number of a row in a pass, and the tokens of an answer to it."""
@@ -219,13 +216,9 @@ class Backbone:
         return [*self.layout.before, *ids, *self.layout.after]
 
     def answer(
-        self,
-        soft_prompts: Tensor,
-        rows: Sequence[tuple[int, Encoded]],
-        *,
-        decoding: Decoding | None = "options",
+        self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: Decoding | None = "options",
         losses: bool = True,
-    ) -> list[Answer]:
+    ) -> list[Answer]:  # fmt: skip
         """Answer rows, each behind the soft prompt that it names.
 
         Args:
@@ -270,15 +263,9 @@ class Backbone:
 
 
 def load_backbone(
-    name: str,
-    *,
-    device: str = "auto",
-    precision: Precision = "auto",
-    max_length: int = 512,
-    compiled: bool = False,
-    prompt_at: PromptAt | None = None,
-    chat: bool | None = None,
-) -> Backbone:
+    name: str, *, device: str = "auto", precision: Precision = "auto", max_length: int = 512, compiled: bool = False,
+    prompt_at: PromptAt | None = None, chat: bool | None = None,
+) -> Backbone:  # fmt: skip
     """Load and freeze a language model, and check it.
 
     Args:

@@ -12,13 +12,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from intrinsic_prompt_tuning.lazy import np, torch, transformers
+from intrinsic_prompt_tuning.lazy import Tensor, np, torch, transformers
 from intrinsic_prompt_tuning.passes import available_memory, only, padded, to_device
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PromptAt = Literal["front", "end"]
 

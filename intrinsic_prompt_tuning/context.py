@@ -1,7 +1,5 @@
 """Options made real: the tasks of a split, their rows, the loaded backbone, the cache, and what the cache holds."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -21,7 +19,7 @@ from intrinsic_prompt_tuning.causal import PromptAt
 from intrinsic_prompt_tuning.errors import IptError, UnreachableError, UnwritableError, damaged, nearest
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
-from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.ranks import rank
 from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import Choice, Result, Store
@@ -31,9 +29,6 @@ from intrinsic_prompt_tuning.tasks import TASKS_FILE, few_shot_files, find_tasks
 from intrinsic_prompt_tuning.tasks.examples import Example, Sample, Task
 from intrinsic_prompt_tuning.tasks.tables import Kind
 from intrinsic_prompt_tuning.tuning import TuneConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
@@ -49,8 +44,7 @@ class Options:
     backbone: Annotated[str, Setting("Hub id, folder or .gguf file of a causal or encoder-decoder model.")] = TESTBED
     split: Annotated[str, Setting("Which tasks are seen and unseen: a name, or a YAML file.")] = "random"
     data: Annotated[
-        Path | None,
-        Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files (CrossFit TSV, MetaICL JSONL)."),
+        Path | None, Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files (CrossFit's, MetaICL's).")
     ] = None
     columns: Annotated[str, DATA("Of your tables: INPUT,ANSWER or INPUT,ANSWER,OPTIONS.", shown_default="by their names")] = ""
     kind: Annotated[Kind | None, DATA("Of your tables without options.", shown_default="by their rows")] = None
@@ -58,8 +52,7 @@ class Options:
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, TUNING("Tokens of a soft prompt.", least=1, most=100_000)] = 100
     initial_text: Annotated[
-        str,
-        TUNING("What all soft prompts start from, repeated to their length; '' is random words.", shown_default="random words"),
+        str, TUNING("What all soft prompts start from, repeated; '' is random words.", shown_default="random words")
     ] = ""
     shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
     test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
@@ -88,12 +81,7 @@ class Rates:
         default_factory=lambda: [0.3]
     )
     tries: Annotated[
-        int,
-        TUNING(
-            "Times a task is tuned at each rate, its rows in another order, vectors also from elsewhere; validation chooses.",
-            least=1,
-            most=100,
-        ),
+        int, TUNING("At each rate, rows in another order, vectors also from elsewhere; validation chooses.", least=1, most=100)
     ] = 1
 
     def __post_init__(self) -> None:
@@ -120,6 +108,8 @@ class Context:
         self.options, self.rates = settled(Options, self.given), settled(Rates, self.given)
         self.fitting, self.report = settled(SubspaceConfig, self.given), report or Reporter()
         options = self.options
+        self.cache = options.cache or user_cache()
+        """The folder of all results."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
         self.told: tuple[str, Mapping[str, Any]] | None = None
@@ -200,11 +190,6 @@ class Context:
         self._known_budgets = _budgets(self.backbone)
         return store
 
-    @property
-    def cache(self) -> Path:
-        """The folder of all results."""
-        return self.options.cache or user_cache()
-
     def _budget_file(self, store: Store) -> Path:
         device = self.backbone.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -220,7 +205,8 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
+        text = settled(Options, self.placed).initial_text
+        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, text)
         return Space(initial, self.backbone.embedding_rms)
 
     @cached_property
@@ -238,11 +224,6 @@ class Context:
         """Tokens of a soft prompt."""
         return settled(Options, self.placed).prompt_length
 
-    @cached_property
-    def initial_text(self) -> str:
-        """What all soft prompts start from; empty: random words."""
-        return settled(Options, self.placed).initial_text
-
     def task(self, name: str) -> Task:
         """Return a task by name."""
         if name not in self.tasks:
@@ -252,11 +233,6 @@ class Context:
     def named(self, *roles: str) -> list[str]:
         """Return the split's tasks in these roles, seen or unseen, but for those left out."""
         return [task for task, role in self.roles.items() if role.split("-")[0] in roles and task not in self.left_out]
-
-    def restrict(self, tasks: Iterable[str]) -> None:
-        """Reduce the split to some of its tasks."""
-        kept_tasks = set(tasks)
-        self.roles = {task: role for task, role in self.roles.items() if task in kept_tasks}
 
     def with_rows(self, tasks: Iterable[str], data_seed: int) -> list[str]:
         """Return the tasks whose rows can be had.
@@ -323,10 +299,8 @@ class Context:
             tokens = [token for row in known for token in row.input_ids]
             unknown = tokens.count(self.backbone.tokenizer.unk_token_id) / len(tokens)
             if unknown > MOST_UNKNOWN:
-                self.report.say(
-                    f"{100 * unknown:.0f} % of the tokens of {task} are words that {self.backbone.name} does not know, so it "
-                    "cannot read them: name another --backbone"
-                )
+                share = f"{100 * unknown:.0f} % of the tokens of {task} are words"
+                self.report.say(f"{share} that {self.backbone.name} does not know, so cannot read: name another --backbone")
         return self._encoded[task, data_seed]
 
     def answering(self, task: str, data_seed: int) -> dict[str, Any]:
@@ -341,12 +315,11 @@ class Context:
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
-        shared = {"version": FILE_VERSION, "backbone": self.backbone.fingerprint, "precision": self.backbone.precision}
-        settings = {"seed": self.options.seed, "prompt_length": self.prompt_length, "decoding": self.options.decoding}
-        shared |= {"prompt_at": self.backbone.prompt_at, "chat": self.backbone.chat}
-        if self.initial_text:  # files without it are older
-            shared |= {"initial_text": self.initial_text}
-        return shared | settings | {"max_length": self.backbone.max_length, "kind": kind} | more
+        of, o = self.backbone, self.options
+        shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": of.precision, "prompt_at": of.prompt_at}
+        shared |= {"chat": of.chat, "seed": o.seed, "prompt_length": self.prompt_length, "decoding": o.decoding}
+        text = settled(Options, self.placed).initial_text  # files without it are older
+        return shared | ({"initial_text": text} if text else {}) | {"max_length": of.max_length, "kind": kind} | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:
         """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""
@@ -361,9 +334,8 @@ class Context:
     def _tensor(self, choice: Choice, name: str, shape: Sequence[int]) -> Tensor:
         """Return the tensor of the best of a choice, which must have this shape."""
         result, _, tensors = self.store.best(choice)
-        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if found != {name: tuple(shape)} or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
-            expected = {name: tuple(shape)}
+        found, expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {name: tuple(shape)}
+        if found != expected or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
             raise damaged(self.store.path(result), f"holds the tensors {found}, expected {expected}, finite float32")
         return tensors[name].to(self.backbone.device)
 

@@ -1,7 +1,5 @@
 """The one kind of error that a person is meant to see."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

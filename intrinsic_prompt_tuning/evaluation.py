@@ -3,8 +3,6 @@
 Gain, which what the model can do anyway cannot inflate; intervals over tasks; the absolute scores; the dimensions needed.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

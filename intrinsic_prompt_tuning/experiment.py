@@ -1,14 +1,12 @@
 """The paper's stages as descriptions of results: soft prompts, subspaces, intrinsic vectors, scores. Describing runs nothing."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context, Start, sample_digest
 from intrinsic_prompt_tuning.errors import IptError
@@ -42,11 +40,10 @@ class Experiment(Context):
         They start from the initial prompt, or as `starts` say, or from the nearest of the prompts `near`, as SPoT does (Vu et
         al., ACL 2022).
         """
-        numbers, rates, starts = self.prompt_space.dim, self.rates.learning_rate, starts or {}
-        about = {"start": "nearest", "collection": collection_name(near)} if near else {}
+        about, starts = {"start": "nearest", "collection": collection_name(near)} if near else {}, starts or {}
         told = {task: {**about, **starts.get(task, {})} for task in tasks}
         headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **own) for task, own in told.items()}
-        return {task: self._tuned(header, rates, numbers, *near) for task, header in headers.items()}
+        return {task: self._tuned(header, *near) for task, header in headers.items()}
 
     def intrinsic_vectors(
         self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
@@ -56,18 +53,19 @@ class Experiment(Context):
             raise IptError(f"--start {start} needs a space that prompts can be sent into, which a low-rank one is not")
         about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
         headers = {task: self.header("intrinsic-vector", task=task, data_seed=data_seed, **about) for task in tasks}
-        rates, numbers = self.rates.vector_learning_rate, subspace.header["dim"]
-        return {task: self._tuned(header, rates, numbers, (subspace,)) for task, header in headers.items()}
+        return {task: self._tuned(header, (subspace,)) for task, header in headers.items()}
 
-    def _tuned(self, header: Mapping[str, Any], rates: Sequence[float], numbers: int, *inputs: Choice) -> Choice:
-        """Describe what the engine makes of so many numbers, on the rows of a header's task and data seed."""
-        task, config = header["task"], self.tuning
+    def _tuned(self, header: Mapping[str, Any], *inputs: Choice) -> Choice:
+        """Describe what the engine makes on the rows of a header's task and data seed, one result per learning rate and try."""
+        task, config, is_prompt = header["task"], self.tuning, header["kind"] == "soft-prompt"
+        rates = self.rates.learning_rate if is_prompt else self.rates.vector_learning_rate
         sample = self.sample(task, header["data_seed"])
         of = {"metric": self.task(task).metric, "data": sample_digest(sample), "tuning": asdict(config)}
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
         if header.get("start") == "nearest":
-            answered += len(sample.train) * len(inputs if header["kind"] == "soft-prompt" else inputs[0][0].inputs)
-        cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), 4 * numbers, config.steps)
+            answered += len(sample.train) * len(inputs if is_prompt else inputs[0][0].inputs)
+        size = 4 * header.get("dim", self.prompt_space.dim)
+        cost = Cost(trained, answered, (trained + answered) * self.row_tokens(sample.train), size, config.steps)
         choice: Choice = ()
         # The largest rate first: a task that is solved needs nothing else.
         for rate, number in itertools.product(sorted({*rates}, reverse=True), range(self.rates.tries)):
@@ -127,7 +125,7 @@ class Experiment(Context):
 
     def _score(self, stage: str, task: str, *inputs: Choice) -> Result:
         """Describe one test score."""
-        test, about = self.sample(task, COLLECTION_SEED).test, dict[str, Any]()
+        sample, about = self.sample(task, COLLECTION_SEED), dict[str, Any]()
         for choice in inputs:
             about |= {name: choice[0].header[name] for name in GROUP if name in choice[0].header}
         if stage in ("MSF", "IST"):
@@ -138,15 +136,14 @@ class Experiment(Context):
             of = inputs[0][0].header.get("collection")  # tells apart what started from the nearest of other prompts
             about |= {"space": "prompt", "dim": self.prompt_space.dim} | ({"subspace": of} if of else {})
         header = self.header(
-            "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(test),
+            "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(sample.test),
             of=[names(choice) for choice in inputs], **about,
         )  # fmt: skip
         if stage == "one answer for all":
-            header["data"] = sample_digest(self.sample(task, COLLECTION_SEED))
+            header["data"] = sample_digest(sample)
             return Result(header, cost=Cost(steps=1))
-        looked_at = len(inputs) * len(self.sample(task, COLLECTION_SEED).train) if stage == "nearest" else 0
-        rows = len(test) + looked_at
-        return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(test), steps=1))
+        rows = len(sample.test) + (len(inputs) * len(sample.train) if stage == "nearest" else 0)
+        return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(sample.test), steps=1))
 
     def whole(self, dims: Sequence[int], data_seed: int) -> tuple[list[Result], list[Result]]:
         """Describe the whole experiment: the seen tasks' subspace and its rivals, on other data of theirs and on unseen tasks.
@@ -162,13 +159,13 @@ class Experiment(Context):
         if not collection:
             raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
         kinds: tuple[SpaceKind, ...] = ("subspace", "random")
-        spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dims]
+        spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dict.fromkeys(dims)]
         challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
         vectors = [choice for s in spaces for who, seed in challenges for choice in self.intrinsic_vectors(who, seed, s).values()]
         tuned = [result for choice in (*prompts.values(), *vectors) for result in choice]
         return [*tuned, *spaces], self.scores(prompts, spaces, vectors)
 
-    def with_seeds(self, n: int) -> Experiment:
+    def with_seeds(self, n: int) -> Self:
         """Return the experiment with the n-th next seeds: other orders of rows, starts of vectors, subspaces and random words."""
         other = copy.copy(self)  # with the backbone, the rows and the split as they are
         other.options = replace(self.options, seed=self.options.seed + n)
@@ -183,11 +180,12 @@ class Experiment(Context):
         make(self.store, results, makers(self), self.report, pace=self._pace if dry_run else None)
 
     def _pace(self, results: Sequence[Result]) -> tuple[float, float]:
-        """Return seconds per row trained and per row answered, measured once on at most 16 tasks of results."""
+        """Return seconds per row trained and per row answered, measured once on at most 16 samples of results."""
         if self._measured is None:
-            tasks = list(dict.fromkeys(task for r in results for task in r.header.get("prompts", [r.header.get("task")])))
-            some = self.soft_prompts(tasks[:: -(-len(tasks) // 16)])
-            jobs = [job_of(self, choice[0], self.prompt_space) for choice in some.values()]
+            asked = ((r.header, task) for r in results for task in r.header.get("prompts", [r.header.get("task")]))
+            rows = list(dict.fromkeys((task, header.get("data_seed", COLLECTION_SEED)) for header, task in asked))
+            some = [self.soft_prompts([task], seed)[task] for task, seed in rows[:: -(-len(rows) // 16)]]
+            jobs = [job_of(self, choice[0], self.prompt_space) for choice in some]
             self._measured = measure_pace(self.backbone, self.prompt_space, jobs, self.tuning, self.options.decoding)
         return self._measured
 
@@ -197,20 +195,18 @@ class Experiment(Context):
         """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
         results, unusable = self.store.found(kind)
         self.leave_out(unusable)
-        shared, others = self.header(kind), Counter[str]()
-        fitting = []
+        shared, others, fitting = self.header(kind), Counter[str](), list[Result]()
         for result in results:
-            path = str(self.store.path(result))
+            path, header = str(self.store.path(result)), result.header
             try:
-                needed = ABOUT | {"imported": str} if "imported" in result.header else FIELDS[kind]
-                for name, hint in needed.items():
-                    check(result.header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
+                for name, hint in (ABOUT if "imported" in header else FIELDS[kind]).items():
+                    check(header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
             except IptError as error:
                 self.leave_out({path: str(error)})
                 continue
-            differs = next((name for name in (*shared, "initial_text") if result.header.get(name) != shared.get(name)), None)
-            others[f"another {differs}"] += bool(differs)
-            if not differs:
+            if differs := [name for name in (*shared, "initial_text") if header.get(name) != shared.get(name)]:
+                others[f"another {differs[0]}"] += 1
+            else:
                 fitting.append(result)
         self._say_skipped(kind, others if aloud else {})
         return fitting
@@ -250,12 +246,10 @@ class Experiment(Context):
         found = self.found_prompts(self.named("seen"))
         missing = [task for task in self.named("seen") if task not in found]
         if not found or (missing and not self.options.skip_missing):
-            raise IptError(
-                f"{len(missing)} seen tasks of the split {self.options.split} have no soft prompt in {self.store.folder} "
-                f"({', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}): run 'ipt collect' with the same options first"
-                + (", or leave them out with --skip-missing" if found else "")
-                + "".join(f"; {why}" for why in self.left_out.values())
-            )
+            some = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)
+            told = f"{len(missing)} seen tasks of the split {self.options.split} have no soft prompt in {self.store.folder}"
+            remedy = "run 'ipt collect' with the same options first" + ", or leave them out with --skip-missing" * bool(found)
+            raise IptError("; ".join([f"{told} ({some}): {remedy}", *self.left_out.values()]))
         self.leave_out({task: f"the seen task '{task}' has no soft prompt" for task in missing})
         return found
 
@@ -296,12 +290,11 @@ class Experiment(Context):
             collection = self.collected()
             if space != "subspace" and not name:
                 return self.subspace(space, dim, collection)
-            raise IptError(
-                f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks: run 'ipt fit-subspace --dim {dim}'"
-            )
+            none = f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks"
+            raise IptError(f"{none}: run 'ipt fit-subspace --dim {dim}'")
         none = "" if chosen or name else f", none of them of all {len(self.named('seen'))} seen tasks"
-        sizes = {subspace.name: f"{len(subspace.header['prompts'])} tasks" for subspace in found}
-        known = "; ".join(f"{name[:8]} ({told or sizes[name]})" for name, told in differences(found).items())
+        told = differences(found)
+        known = "; ".join(f"{s.name[:8]} ({told.get(s.name) or f'{len(s.inputs)} tasks'})" for s in found)
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}{none}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
@@ -312,23 +305,18 @@ class Experiment(Context):
         warm = [prompt for prompt in self.found("soft-prompt", aloud=False) if "start" in prompt.header]
         results = [*self.found("intrinsic-vector"), *warm]
         for result in (result for result in results if not tasks or result.header["task"] in tasks):
-            header = result.header
-            if header["task"] not in (tasks or self.roles) or header.get("subspace") not in known:
+            header, task, space = result.header, result.header["task"], known.get(result.header.get("subspace"))
+            if task not in (tasks or self.roles) or space is None:
                 others["subspaces or tasks that are not shown"] += 1
-            elif (
-                not tasks
-                and self.roles[header["task"]] == "seen"
-                and any(header["task"] not in space.header["prompts"] for space in known[header.get("subspace")])
-            ):
+            elif not tasks and self.roles[task] == "seen" and space and task not in space[0].header["prompts"]:
                 others["seen tasks in spaces that were made without them"] += 1
-            elif header["task"] in self.left_out or not self.with_rows([header["task"]], header["data_seed"]):
+            elif task in self.left_out or not self.with_rows([task], header["data_seed"]):
                 others["rows that cannot be had"] += 1
             elif not self._is_current(result):
                 others["other rows"] += 1
             else:
                 key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace", "collection"))
-                inputs = (known[header["subspace"]],) if "subspace" in header else ()
-                found.setdefault(key, []).append(Result(header, inputs))
+                found.setdefault(key, []).append(Result(header, (space,) if space else ()))
         self._say_skipped("intrinsic-vector", others)
         return [tuple(results) for results in found.values()]
 
@@ -343,10 +331,8 @@ class Experiment(Context):
         prompts = self.found_prompts(self.named("seen", "unseen"))
         if not prompts or task not in ("", *prompts):
             what = task or f"the split {self.options.split}"
-            raise IptError(
-                f"{self.store.folder} holds no soft prompt of {what}: run 'ipt collect' first"
-                + "".join(f"; {why}" for why in self.left_out.values())
-            )
+            told = f"{self.store.folder} holds no soft prompt of {what}: run 'ipt collect' first"
+            raise IptError("; ".join([told, *self.left_out.values()]))
         subspaces = self.found_subspaces()
         vectors = self.found_vectors(subspaces)
         alone = sum(len(choice) for choice in vectors if choice[0].header["task"] not in prompts)
@@ -354,14 +340,14 @@ class Experiment(Context):
         return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
 
 
-def differences(subspaces: Sequence[Result]) -> dict[str, str]:
-    """Return name -> what tells a subspace from the others, in words."""
-
-    def told(result: Result) -> dict[str, str]:
-        header = result.header
+def differences(subspaces: Iterable[Result]) -> dict[str, str]:
+    """Return name -> what tells a subspace from others of its space and dim, in words; nothing where there is one of each."""
+    groups: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for header, name in ((subspace.header, subspace.name) for subspace in subspaces):
         collection = f"{len(header['prompts'])} tasks, prompts {digest(header['prompts'])[:8]}"
-        return {name: str(value) for name, value in header["config"].items()} | {"collection": collection}
-
-    all_told = {subspace.name: told(subspace) for subspace in subspaces}
-    varying = [name for name in next(iter(all_told.values()), {}) if len({own[name] for own in all_told.values()}) > 1]
-    return {name: ", ".join(f"{field} {own[field]}" for field in varying) for name, own in all_told.items()}
+        groups.setdefault((header["space"], header["dim"]), {})[name] = header["config"] | {"collection": collection}
+    told = dict[str, str]()
+    for group in (group for group in groups.values() if len(group) > 1):
+        varying = [field for field in next(iter(group.values())) if len({str(own[field]) for own in group.values()}) > 1]
+        told |= {name: ", ".join(f"{field} {own[field]}" for field in varying) for name, own in group.items()}
+    return told

@@ -4,8 +4,6 @@ One metadata entry, "ipt", holds the header (what the tensors are a function of)
 all of it. The same inputs give the same bytes. Nothing else is ever read: no pickle, no code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -15,13 +13,10 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intrinsic_prompt_tuning.errors import IptError, UnwritableError, damaged, short
-from intrinsic_prompt_tuning.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from intrinsic_prompt_tuning.lazy import Tensor, torch
 
 FILE_VERSION = 2
 

@@ -9,18 +9,15 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.passes import to_device
 from intrinsic_prompt_tuning.settings import TUNING
 from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tuning import prompt_losses
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +145,10 @@ def check_dim(dim: int, initial_prompt: Tensor) -> None:
 
 
 def fit_subspaces(
-    backbone: Backbone,
-    soft_prompts: Tensor,
-    initial_prompt: Tensor,
-    rows: Sequence[Sequence[Encoded]],
-    dims: Sequence[int],
-    config: SubspaceConfig,
-    *,
-    unfinished: Sequence[Mapping[str, Tensor]] = (),
+    backbone: Backbone, soft_prompts: Tensor, initial_prompt: Tensor, rows: Sequence[Sequence[Encoded]], dims: Sequence[int],
+    config: SubspaceConfig, *, unfinished: Sequence[Mapping[str, Tensor]] = (),
     on_step: Callable[[SubspaceFits], None] = lambda fits: None,
-) -> list[Found]:
+) -> list[Found]:  # fmt: skip
     """Find subspaces of collected prompts; what each comes to does not depend on those beside it.
 
     A decoder maps each drawn task's vector once a step, whatever the number of its rows: the rows only see prompts, and what

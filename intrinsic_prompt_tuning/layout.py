@@ -5,8 +5,6 @@ causal            input as the tokenizer writes it, a space, the answer, end of 
 causal, chat      the template with the input as the user's message, the answer as the assistant's, end of turn
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

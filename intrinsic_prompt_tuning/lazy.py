@@ -1,7 +1,5 @@
 """The heavy packages, imported when first used, so that `ipt --help` answers at once."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +8,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch as torch
     import transformers as transformers
+    from torch import Tensor as Tensor
 else:
+    Tensor = Any
 
     class _Lazy:
         def __init__(self, name: str) -> None:
@@ -21,4 +21,4 @@ else:
 
     datasets, np, torch, transformers = map(_Lazy, ("datasets", "numpy", "torch", "transformers"))
 
-__all__ = ["datasets", "np", "torch", "transformers"]
+__all__ = ["Tensor", "datasets", "np", "torch", "transformers"]

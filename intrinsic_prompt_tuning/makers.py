@@ -1,37 +1,30 @@
 """How results of each kind are made: by the engine, by subspace finding, on test rows."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intrinsic_prompt_tuning.backbone import Encoded
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context
 from intrinsic_prompt_tuning.files import digest
 from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_subspaces
-from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, collection_name
 from intrinsic_prompt_tuning.spaces import Space, linear_space, low_rank_space, scaled_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Question = tuple[Result, "Tensor", Encoded]  # a score, its prompt, a test row
+Question = tuple[Result, Tensor, Encoded]  # a score, its prompt, a test row
 
 
 def makers(x: Context) -> dict[str, Maker]:
     """Return kind -> how its results are made, in the method's order: each is a function of those before it."""
-    tuned = partial(make_tuned, x)
-    return {
-        "soft-prompt": tuned, "subspace": partial(make_subspaces, x), "intrinsic-vector": tuned, "score": partial(make_scores, x),
-    }  # fmt: skip
+    made_by = {"soft-prompt": make_tuned, "subspace": make_subspaces, "intrinsic-vector": make_tuned, "score": make_scores}
+    return {kind: partial(maker, x) for kind, maker in made_by.items()}
 
 
 def job_of(x: Context, result: Result, space: Space) -> Job:
@@ -79,19 +72,17 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
             begun[job] = result
             yield job
 
-    def on_step(table: JobTable) -> None:
+    def step(table: JobTable) -> None:
         snapshot, own = table.snapshot(), dict(begun)
         steps = float(table.state["step"].sum()) + done * config.steps
         after_step(lambda: {own[job]: state for job, state in snapshot().items()}, steps)
 
-    def on_validation(job: Job, figures: dict[str, float]) -> None:
+    def told(job: Job, figures: dict[str, float]) -> None:
         header = begun[job].header
         about = {name: header[name] for name in ("kind", "task", "data_seed", "space", "dim", "try") if name in header}
         x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
 
-    for tuned in tune(
-        x.backbone, space, begin(), config, slots=o.slots, decoding=o.decoding, on_step=on_step, on_validation=on_validation
-    ):
+    for tuned in tune(x.backbone, space, begin(), config, slots=o.slots, decoding=o.decoding, on_step=step, on_validation=told):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
         yield Made(begun.pop(tuned.job), tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)

@@ -3,8 +3,6 @@
 Of several references the best counts. Rouge-L is as rouge_score computes it, which knows no case and no punctuation.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string

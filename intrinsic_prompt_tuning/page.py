@@ -1,7 +1,5 @@
 """An experiment as one page of HTML that needs no other file: what was run, the table, pictures, every task's scores."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from base64 import b64encode

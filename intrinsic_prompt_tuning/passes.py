@@ -6,14 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.lazy import np, torch
+from intrinsic_prompt_tuning.lazy import Tensor, np, torch
 from intrinsic_prompt_tuning.ranks import n_neighbours
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FEW = 4
 """Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are filled up."""

@@ -1,9 +1,7 @@
 """Under torchrun, or with --processes, every process is a rank with a device of its own, and all share one cache.
 
-Ranks never talk to each other: which results are whose follows from names and costs, and what is done is seen in the cache.
+Ranks never talk to each other: which results are whose follows from names, and what is done is seen in the cache.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -30,16 +28,6 @@ def n_ranks() -> int:
 def n_neighbours() -> int:
     """Return how many of them share this machine: all, unless torchrun says otherwise."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks()))
-
-
-def own_share(costs: Sequence[float]) -> list[int]:
-    """Return which pieces of work are this rank's, when the costliest go first, each to the rank with the least so far."""
-    load, own = [0.0] * n_ranks(), list[int]()
-    for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
-        to = load.index(min(load))
-        load[to] += costs[piece]
-        own += [piece] * (to == rank())
-    return sorted(own)
 
 
 def n_cores() -> int:

@@ -1,7 +1,5 @@
 """The paper's table of what the cache holds: scores on test rows, compared with prompt tuning."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -61,7 +59,7 @@ def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
         "rows": rows,
         "dimensions_needed": dimensions_needed(rows),
         "rows_without_pretrained": result_rows(others, tuned, floor),
-        "subspaces": _told_apart([choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]),
+        "subspaces": differences(choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"),
         "scores": sorted(told, key=lambda s: (s["task"], s["quantity"], s["space"] or "", s["dim"] or 0, s["start"] or "")),
     }
 
@@ -71,19 +69,9 @@ def told_score(x: Experiment, score: Result) -> dict[str, Any]:
     header, (record, _) = score.header, x.store.read(score)
     stage, role = header["stage"], x.roles[header["task"]]
     name = stage if stage in BASELINES else paper_name(stage, role, same_data=header["data_seed"] == COLLECTION_SEED)
-    about = {key: header.get(key) for key in ("space", "start", "dim", "data_seed", "subspace")}
+    about = {key: header.get(key) for key in ("task", "space", "start", "dim", "data_seed", "subspace")}
     candidates = len(header["of"][0]) if header["of"] else 1
-    about |= {"candidates": candidates, "value": record["score"], "n": record["n"]}
-    return {"quantity": name, "task": header["task"], **about}
-
-
-def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:
-    """Return what tells apart the subspaces of one space and dim, by name; nothing where there is one of each."""
-    groups: dict[tuple[str, int], dict[str, Result]] = {}
-    for subspace in subspaces:
-        groups.setdefault((subspace.header["space"], subspace.header["dim"]), {})[subspace.name] = subspace
-    told = [differences(list(group.values())) for group in groups.values() if len(group) > 1]
-    return {name: words for own in told for name, words in own.items()}
+    return {"quantity": name, **about, "candidates": candidates, "value": record["score"], "n": record["n"]}
 
 
 # --- For people
@@ -92,15 +80,12 @@ def _told_apart(subspaces: Sequence[Result]) -> dict[str, str]:
 def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     """Write the paper's table and what stands beside it; every task's scores where the report has them."""
     text = f"backbone {report['backbone']}, split {report['split']}, test scores; baselines with data seed {COLLECTION_SEED}\n\n"
-    text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", [
-        [f"{role} tasks", row["n_tasks"], row["mean_score"], row["no_prompt"], row["one_answer"]]
-        for role, row in report["prompt_tuning"].items()
-    ])  # fmt: skip
+    baselines = [[f"{role} tasks", *row.values()] for role, row in report["prompt_tuning"].items()]
+    text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", baselines)
     text += rows_text(report["rows"], wide)
-    needed = [[space, quantity, dim] for space, own in report["dimensions_needed"].items() for quantity, dim in own.items()]
-    if needed:
-        heads = "space|quantity|dimensions needed for 90 % of gain"
-        text += table_text(heads, [[a, b, f"{dim:.1f}" if dim else "more"] for a, b, dim in needed])
+    spaces = report["dimensions_needed"].items()
+    if needed := [[space, of, f"{dim:.1f}" if dim else "more"] for space, own in spaces for of, dim in own.items()]:
+        text += table_text("space|quantity|dimensions needed for 90 % of gain", needed)
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
     if brought := report.get("imported"):

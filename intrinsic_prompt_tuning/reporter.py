@@ -1,7 +1,5 @@
 """Whom the stages tell what they do, and how durations and sizes are written for people."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

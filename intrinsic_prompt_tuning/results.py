@@ -5,8 +5,6 @@ names. From that follow, each once: what is missing, what it will cost, going on
 processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -14,15 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_file
-from intrinsic_prompt_tuning.ranks import n_ranks, own_share
+from intrinsic_prompt_tuning.lazy import Tensor
+from intrinsic_prompt_tuning.ranks import n_ranks, rank
 from intrinsic_prompt_tuning.reporter import Reporter, duration, size
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 try:
     import fcntl
@@ -56,9 +52,9 @@ class Result:
 
     header: dict[str, Any]
     """Kind, settings, names of the inputs: two results with equal headers are the same."""
-    inputs: tuple[Choice, ...] = ()
+    inputs: "tuple[Choice, ...]" = ()
     cost: Cost = Cost()
-    instead_of: Choice = ()
+    instead_of: "Choice" = ()
     """Results that come first: this one is not needed if one of them answers all validation rows right."""
     name: str = field(init=False)
 
@@ -173,18 +169,16 @@ class Store:
     def save_unfinished(self, states: Mapping[Result, Mapping[str, Tensor]]) -> None:
         """Write the states of results that are being made."""
         for result, state in states.items():
-            if self.path(result).exists():
-                continue  # done meanwhile
-            write_file(self.path(result).with_suffix(UNFINISHED), result.header, {}, state)
+            if not self.path(result).exists():  # else it is done meanwhile
+                write_file(self.path(result).with_suffix(UNFINISHED), result.header, {}, state)
 
     def unfinished(self, result: Result) -> Mapping[str, Tensor]:
         """Return the state at which making a result goes on; nothing at the beginning, or where the state is damaged."""
-        path = self.path(result).with_suffix(UNFINISHED)
-        try:
-            header, _, state = read_file(path)
-        except IptError:
-            return {}
-        return state if header == result.header else {}
+        with contextlib.suppress(IptError):
+            header, _, state = read_file(self.path(result).with_suffix(UNFINISHED))
+            if header == result.header:
+                return state
+        return {}
 
     def read(self, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return record and tensors of a result.
@@ -204,9 +198,8 @@ class Store:
         """Return the best of a choice by validation score, then by validation loss: itself, its record, its tensors."""
         read: list[tuple[Result, dict[str, Any], dict[str, Tensor]]] = []
         for result in sorted(choice, key=lambda it: (-it.header.get("learning_rate", 0), it.header.get("try", 0), it.name)):
-            if result.instead_of and not self.path(result).exists():
-                continue
-            read.append((result, *self.read(result)))
+            if not result.instead_of or self.path(result).exists():
+                read.append((result, *self.read(result)))
             if read[-1][1].get("validation") == 1:
                 break  # so that what is best depends on the names alone, whether or not the rest was made
         return max(read, key=lambda it: (it[1].get("validation", 0), -it[1].get("validation_loss", 0)))
@@ -220,10 +213,7 @@ class Store:
                 result = Result(read_header(path) if kind == "subspace" else read_file(path)[0])
                 if result.header.get("backbone") != self.fingerprint:
                     made_for = str(result.header.get("backbone"))[:8]
-                    raise IptError(
-                        f"{path} was made with another backbone ({made_for}, expected {self.fingerprint[:8]}): "
-                        "remove it, or name another folder with --cache"
-                    )
+                    raise damaged(path, f"was made with another backbone ({made_for}, expected {self.fingerprint[:8]})")
                 if result.header.get("kind") != kind or self.path(result) != path:
                     raise damaged(path, "is not what its name says, or is damaged")
                 results.append(result)
@@ -232,19 +222,18 @@ class Store:
         return results, unusable
 
 
-Snapshot = Callable[[], Mapping[Result, Mapping[str, "Tensor"]]]
+Snapshot = Callable[[], Mapping[Result, Mapping[str, Tensor]]]
 AfterStep = Callable[[Snapshot, float], None]
 """Takes a way to read the states of what is under way, and how much is done."""
-
-
 Maker = Callable[[Iterator[Result], AfterStep], Iterator[Made]]
 """Takes results as it begins them, which claims them one by one, and yields each as it is done."""
+Pace = Callable[[Sequence[Result]], tuple[float, float]]
+"""Returns seconds per row trained and per row answered, of such results."""
 
 
 def make(
-    store: Store, results: Iterable[Result], makers: Mapping[str, Maker], report: Reporter,
-    *, pace: Callable[[Sequence[Result]], tuple[float, float]] | None = None,
-) -> None:  # fmt: skip
+    store: Store, results: Iterable[Result], makers: Mapping[str, Maker], report: Reporter, *, pace: Pace | None = None
+) -> None:
     """Make what the cache lacks, stage by stage; with a pace, only tell what that takes.
 
     Processes share the results of a stage, and go on to the next when all are there, whoever made them.
@@ -254,7 +243,7 @@ def make(
         results: all that is wanted, inputs among it.
         makers: kind -> how its results are made, in the order in which they are.
         report: told of plans and progress.
-        pace: returns seconds per row trained and per row answered, of such results.
+        pace: measures how long rows take.
     """
     seconds = 0.0
     for stage in stages(results, list(makers)):
@@ -289,9 +278,7 @@ def label(stage: Sequence[Result]) -> str:
     return f"{stage[0].kind.replace('-', ' ')}s{about}"
 
 
-def plan(
-    stage: Sequence[Result], missing: Sequence[Result], pace: Callable[[Sequence[Result]], tuple[float, float]] | None
-) -> tuple[str, float]:
+def plan(stage: Sequence[Result], missing: Sequence[Result], pace: Pace | None) -> tuple[str, float]:
     """Return what is to do as a sentence, and in how many seconds, by a pace, where there is one."""
     cost, seconds = Cost(*map(sum, zip(*(astuple(result.cost) for result in missing), strict=True))), 0.0
     text = f"plan: {len(missing)} {label(stage)} to make, {len(stage) - len(missing)} made before"
@@ -306,17 +293,15 @@ def plan(
 
 def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Reporter) -> None:
     """Make this process's share first; then whatever is missing and nobody alive is making, until nothing is missing."""
-    # A share depends on names and costs, not on what is missing: ranks need not agree, and share alike after an interruption.
-    share, waits = [stage[n] for n in own_share([3 * r.cost.trained + r.cost.answered for r in stage])], False
+    # A share depends on names, not on what is missing: ranks need not agree, and share alike after an interruption.
+    stage = sorted(stage, key=lambda result: len(result.instead_of))  # so that each has as many that need not wait for others
+    share, waits = stage[rank() :: n_ranks()], False
     while missing := store.missing(stage):
         todo = _next(store, share)
         own = _claimed(store, todo)
         try:
             if first := next(own, None):
-                with (
-                    report.progress(label(stage), sum(r.cost.steps for r in todo)) as advance,
-                    saving(store, advance) as after_step,
-                ):
+                with report.progress(label(stage), sum(r.cost.steps for r in todo)) as tell, saving(store, tell) as after_step:
                     for made in maker(itertools.chain((first,), own), after_step):
                         store.save(made)
                         report.log("made", file=str(store.path(made.result)), **made.record)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from intrinsic_prompt_tuning.lazy import np, torch, transformers
+from intrinsic_prompt_tuning.lazy import Tensor, np, torch, transformers
 from intrinsic_prompt_tuning.passes import FEW, only, padded, to_device
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

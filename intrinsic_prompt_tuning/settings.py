@@ -1,7 +1,5 @@
 """Settings: a dataclass field is an option, its default the only default, and one table says what differs on the testbed."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Looking into the cache: which files there are, and what one is."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -134,7 +132,8 @@ def _nearest_words(x: Context, made: str, soft_prompt: Any) -> list[dict[str, fl
     """Return the words nearest to each row of a soft prompt, with cosines, or why there are none."""
     if (here := x.backbone.fingerprint) != made:
         return f"its backbone is {made[:8]}, but {x.options.backbone} is {here[:8]}: name its own with --backbone"
-    words = x.backbone.tokenizer.batch_decode([[token] for token in range(len(x.backbone.tokenizer))])
-    vocabulary = x.backbone.model.get_input_embeddings()(torch.arange(len(words), device=x.backbone.device)).float()
+    embed = x.backbone.model.get_input_embeddings()  # of fewer words than some tokenizers have
+    words = x.backbone.tokenizer.batch_decode([[n] for n in range(min(len(x.backbone.tokenizer), len(embed.weight)))])
+    vocabulary = embed(torch.arange(len(words), device=x.backbone.device)).float()
     cosines = [torch.nn.functional.cosine_similarity(row, vocabulary) for row in soft_prompt.to(vocabulary)[:, None]]
     return [{words[i]: round(float(own[i]), 3) for i in own.argsort(descending=True)[:5].tolist()} for own in cosines]

@@ -4,19 +4,14 @@ Soft prompts are taken as differences to the shared initial prompt, in units of 
 prompts (the others), so that one learning rate suits every backbone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.passes import FEW
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SpaceKind = Literal["prompt", "subspace", "linear", "random", "random-unscaled", "low-rank"]
 

@@ -13,18 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from intrinsic_prompt_tuning.backbone import Answer, Backbone, Decoding, Encoded
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.lazy import np, torch
+from intrinsic_prompt_tuning.lazy import Tensor, np, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget, to_device
 from intrinsic_prompt_tuning.settings import TUNING, Setting
 from intrinsic_prompt_tuning.spaces import Space
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +135,10 @@ class JobTable:
 
 
 def tune(
-    backbone: Backbone,
-    space: Space,
-    jobs: Iterable[Job],
-    config: TuneConfig,
-    *,
-    slots: int | None = None,
-    decoding: Decoding = "options",
-    on_step: Callable[[JobTable], None] = lambda table: None,
+    backbone: Backbone, space: Space, jobs: Iterable[Job], config: TuneConfig, *, slots: int | None = None,
+    decoding: Decoding = "options", on_step: Callable[[JobTable], None] = lambda table: None,
     on_validation: Callable[[Job, dict[str, float]], None] = lambda job, figures: None,
-) -> Iterator[Tuned]:
+) -> Iterator[Tuned]:  # fmt: skip
     """Tune jobs and yield each as it finishes, its slot going to the next.
 
     Args:

@@ -1,7 +1,5 @@
 """Using what was tuned: the best soft prompt of a task, and answers to new inputs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +13,6 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.lazy import torch
-from intrinsic_prompt_tuning.results import Choice
 from intrinsic_prompt_tuning.tasks import Example
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 
@@ -52,16 +49,10 @@ def tuned_prompts(
         what = {"best": "prompt or vector", "vector": "vector"}.get(source, "prompt")
         command = "tune" if source == "vector" else "collect"
         told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in like.items() if source == "vector")
-        raise IptError(
-            f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': run 'ipt {command} --task {missing[0]}{told}' with "
-            "the same options"
-        )
-    return {task: _best_of(x, task, own) for task, own in choices.items() if own}
-
-
-def _best_of(x: Experiment, task: str, choices: Sequence[Choice]) -> TunedPrompt:
-    result, record, tensors = x.store.best(tuple(result for choice in choices for result in choice))
-    return TunedPrompt(task, x.tuned((result,)), result, record, tensors.get("intrinsic_vector"))
+        remedy = f"run 'ipt {command} --task {missing[0]}{told}' with the same options"
+        raise IptError(f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': {remedy}")
+    best = {task: x.store.best(tuple(itertools.chain(*own))) for task, own in choices.items() if own}
+    return {task: TunedPrompt(task, x.tuned((of,)), of, told, t.get("intrinsic_vector")) for task, (of, told, t) in best.items()}
 
 
 def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int, dim: int | None) -> dict[str, dict[str, str]]:
@@ -79,9 +70,8 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
     elif Path(start).exists():
         found, start = dict.fromkeys(tasks, read_prompt(x, Path(start), None)), "file"
     else:
-        raise IptError(
-            f"--start is '{start}', expected subspace, nearest, a task, or a file that is there{nearest(start, x.tasks)}"
-        )
+        told = "expected subspace, nearest, a task, or a file that is there"
+        raise IptError(f"--start is '{start}', {told}{nearest(start, x.tasks)}")
     x.starts |= {own.result.name: own.soft_prompt for own in found.values()}
     return {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
 

@@ -102,11 +102,6 @@ def test_a_split_names_its_seen_and_unseen_tasks(x: Experiment, build: Build) ->
         build(split="tinny")
 
 
-def test_a_restricted_split_has_only_the_tasks_that_were_asked_for(x: Experiment) -> None:
-    x.restrict(["count-next", "even-or-good"])
-    assert (x.named("seen"), x.named("unseen")) == (["count-next"], ["even-or-good"])
-
-
 def test_settings_are_what_was_given_else_the_testbed_s_else_the_fields(tmp_path: Path) -> None:
     def settings(**given: Any) -> dict[str, Any]:
         made = Experiment({"cache": tmp_path, **given})
@@ -812,7 +807,7 @@ def test_what_tells_subspaces_apart_is_settings_or_the_prompts_that_they_are_of(
         build(noise=0.5, alpha=2.0).subspace("subspace", 6, prompts),
     )  # fmt: skip
     assert differences([]) == {}
-    assert differences([one]) == {one.name: ""}
+    assert differences([one]) == differences([one, x.subspace("subspace", 5, prompts)]) == {}
     assert differences([one, noisy]) == {one.name: "alpha 10.0, noise 0.2", noisy.name: "alpha 2.0, noise 0.5"}
     words = differences([one, few])
     assert words[one.name].startswith("collection 5 tasks, prompts ") and words[few.name].startswith(

@@ -143,7 +143,7 @@ def few_tasks(usual: Callable[..., Experiment], unseen: int) -> Callable[..., Ex
 
     def small(cache: Path) -> Experiment:
         x = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
-        x.restrict([*x.named("seen")[:3], *x.named("unseen")[:unseen]])
+        x.roles = {task: x.roles[task] for task in x.named("seen")[:3] + x.named("unseen")[:unseen]}
         return x
 
     return small
@@ -175,7 +175,7 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
         if not given:
             composed = [task for task in x.roles if not x.task(task).pretrained]
             kept[:] = composed[:8]
-        x.restrict(kept)
+        x.roles = {task: role for task, role in x.roles.items() if task in kept}
         return x
 
     monkeypatch.setattr(testbed, "experiment", small)

@@ -14,7 +14,7 @@ from conftest import Result, files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.ranks import n_cores, n_processes, own_share, run_in_processes
+from intrinsic_prompt_tuning.ranks import n_cores, n_processes, run_in_processes
 
 RUN = ("run", "--steps", 6, "--evaluations", 3, "--batch-size", 3, "--dim", 6, "--dim", 4, "--subspace-steps", 5)
 DIES = """
@@ -115,18 +115,6 @@ def test_a_mistake_that_one_process_alone_meets_is_told_too(shared_options: list
     assert done.code == 1
     assert "learning rate 1e+39) is nan by step" in done.err
     assert "Traceback" not in done.err
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_shares_are_disjoint_whole_and_even(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    costs = [9.0, 1, 1, 1, 5, 4, 3, 3]
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    shares = []
-    for rank in range(ranks):
-        monkeypatch.setenv("RANK", str(rank))
-        shares.append(own_share(costs))
-    assert sorted(piece for share in shares for piece in share) == list(range(len(costs)))
-    assert max(sum(costs[piece] for piece in share) for share in shares) <= 27 / ranks + 1
 
 
 @pytest.mark.parametrize(

@@ -565,6 +565,17 @@ def test_a_rank_makes_its_share_first_and_then_what_nobody_else_makes(
     assert bakery.made[:2] == shares[rank] and sorted(bakery.made[2:]) == shares[1 - rank]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_has_first_tries(store: Store, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    firsts = [roll("ann"), roll("ben")]
+    pairs = [(one, Result(one.header | {"try": 1}, cost=one.cost, instead_of=(one,))) for one in firsts]
+    bakery = Bakery(store)
+    bakery.make([result for pair in pairs for result in pair])
+    assert bakery.made[0] == ["ann", "ben"][rank]
+
+
 def test_a_rank_whose_share_another_process_makes_goes_on_with_the_rest_and_then_waits(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,6 @@ examples.py says what a task is; worlds.py, hub.py, folders.py and tables.py are
 tasks are seen; checks.py reads what people write in YAML.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

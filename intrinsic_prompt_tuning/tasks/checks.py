@@ -1,7 +1,5 @@
 """One checker for everything that a person writes in YAML: the type hints of a dataclass say what may stand there."""
 
-from __future__ import annotations
-
 import string
 import types
 from collections import Counter

@@ -1,7 +1,5 @@
 """CrossFit's few-shot samples: the same rows in the same order, so that its published MD5s can be compared."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from intrinsic_prompt_tuning.lazy import np

@@ -1,7 +1,5 @@
 """What a task is: a name, a metric, and a function that draws few-shot rows."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping

@@ -3,8 +3,6 @@
 <folder>/<task>/<task>_<k>_<data seed>_{train,dev,test}.{tsv,jsonl}, and <task>_test.jsonl for all seeds
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

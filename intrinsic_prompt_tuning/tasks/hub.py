@@ -3,8 +3,6 @@
 replace, clean, transform, keep -> template -> Example.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 import string

@@ -3,8 +3,6 @@
 A transform takes all records of a split in order, and the arguments that the row gives. Most serve one of CrossFit's tasks.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

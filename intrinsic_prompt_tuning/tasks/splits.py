@@ -1,7 +1,5 @@
 """Which tasks the subspace is found with, and which it never sees."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args

@@ -1,7 +1,5 @@
 """One's own tables: .csv, .tsv and .jsonl files, a task each, named after the file, and what is read off their rows."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

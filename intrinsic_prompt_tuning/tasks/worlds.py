@@ -1,7 +1,5 @@
 """The testbed's language, read from tasks.yaml: a lexicon, one sentence pattern, questions in words, and rows without end."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
