@@ -45,7 +45,7 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
         IptError: it is of another kind, size, model or task, or damaged.
     """
     config, header, record, tensors = _content(path)
-    here = {"backbone": x.backbone.fingerprint, "prompt_at": x.backbone.prompt_at, "chat": x.backbone.chat, "task": task}
+    here = {"backbone": x.backbone.fingerprint, "prompt_at": x.backbone.prompt_at, "chat": x.backbone.layout.chat, "task": task}
     for name, expected in here.items():
         if expected is not None and header.get(name, expected) != expected:
             raise IptError(f"{path} was made for another {name}: {header[name]}, expected {expected}")
@@ -200,6 +200,6 @@ def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template:
         about="\n".join(f"- {name.replace('_', ' ')}: {told[name]}" for name in shown.split() if name in told),
         base=repr(base) + (f", gguf_file={file!r}" if file.endswith(".gguf") else ""), begin="ids.shape[1]" if causal else "0",
         model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM", limit=told.get("answer_limit", 20),
-        ids="tokenizer." + (chat if x.backbone.chat else 'encode("the input", ') + 'return_tensors="pt")',
+        ids="tokenizer." + (chat if x.backbone.layout.chat else 'encode("the input", ') + 'return_tensors="pt")',
         parts="prompt, embed(ids[0])" if x.backbone.prompt_at == "front" else "embed(ids[0]), prompt",
     )  # fmt: skip

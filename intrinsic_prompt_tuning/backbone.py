@@ -62,7 +62,7 @@ class Answer:
     """Minus the log-likelihood of each option, where the most likely one was chosen."""
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class Backbone:
     """A frozen language model, its tokenizer, and how much goes through it at once."""
 
@@ -90,11 +90,6 @@ class Backbone:
         return self.lm.model
 
     @property
-    def chat(self) -> bool:
-        """Whether rows are written by the chat template."""
-        return self.layout.chat
-
-    @property
     def prompt_at(self) -> PromptAt:
         """Where the prompt stands: in front of the input or behind it."""
         return self.lm.prompt_at
@@ -119,13 +114,10 @@ class Backbone:
         """A digest that changes with the architecture, any weight, and the tokenizer, its behaviour included."""
         about = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
-        rules = (
-            self.tokenizer.backend_tokenizer.to_str()
-            if self.tokenizer.is_fast
-            else repr(self.tokenizer).replace(repr(self.tokenizer.name_or_path), "")
-        )
-        chat = [[self.layout.before, self.layout.after, self.layout.end]] if self.chat else []
-        about_all = [self.tokenizer.get_vocab(), rules, config, *chat]
+        own = self.tokenizer
+        rules = own.backend_tokenizer.to_str() if own.is_fast else repr(own).replace(repr(own.name_or_path), "")
+        chat = [[self.layout.before, self.layout.after, self.layout.end]] if self.layout.chat else []
+        about_all = [own.get_vocab(), rules, config, *chat]
         digest = hashlib.sha256(json.dumps(about_all, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -137,8 +129,7 @@ class Backbone:
         """The root mean square of the embeddings as the model gets them: about 10 for T5, 0.02 for BART."""
         embed = self.model.get_input_embeddings()
         pieces = torch.arange(embed.weight.shape[0], device=self.device).split(1 << 14)  # a copy of all may take gigabytes
-        with torch.no_grad():
-            squares = [len(ids) * float(embed(ids).float().pow(2).mean()) for ids in pieces]
+        squares = [len(ids) * float(embed(ids).float().pow(2).mean()) for ids in pieces]
         return float(torch.tensor(sum(squares) / embed.weight.shape[0]).sqrt())
 
     def initial_prompt(self, prompt_length: int, seed: int, text: str = "") -> Tensor:
@@ -147,16 +138,13 @@ class Backbone:
         Raises:
             IptError: the text has no tokens.
         """
-        special = set(self.tokenizer.all_special_ids)
-        known = min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0])
-        words = [token for token in range(known) if token not in special]
+        embed = self.model.get_input_embeddings()
+        words = sorted({*range(min(len(self.tokenizer), len(embed.weight)))} - {*self.tokenizer.all_special_ids})
         chosen = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
         if text and not chosen:
             raise IptError(f"--initial-text is '{text}', which has no tokens")
         chosen = (chosen * prompt_length)[:prompt_length] or random.Random(seed).choices(words, k=prompt_length)
-        ids = torch.tensor(chosen, device=self.device, dtype=torch.long)
-        with torch.no_grad():
-            embeddings: Tensor = self.model.get_input_embeddings()(ids).float()
+        embeddings: Tensor = embed(torch.tensor(chosen, device=self.device, dtype=torch.long)).float()
         return embeddings
 
     @property
@@ -216,13 +204,12 @@ class Backbone:
         return [*self.layout.before, *ids, *self.layout.after]
 
     def answer(
-        self, soft_prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: Decoding | None = "options",
-        losses: bool = True,
-    ) -> list[Answer]:  # fmt: skip
+        self, prompts: Tensor, rows: Sequence[tuple[int, Encoded]], *, decoding: Decoding | None = "options", losses: bool = True
+    ) -> list[Answer]:
         """Answer rows, each behind the soft prompt that it names.
 
         Args:
-            soft_prompts: (tasks, prompt_length, hidden).
+            prompts: (tasks, prompt_length, hidden).
             rows: (index of the soft prompt, example).
             decoding: `options` answers by the most likely option where there are options; `generate` always generates greedily;
                 None gives losses alone.
@@ -232,14 +219,14 @@ class Backbone:
 
         def work(numbers: list[int]) -> None:
             chunk, at = [rows[n][1] for n in numbers], to_device([rows[n][0] for n in numbers], self.device)
-            begun: Any = self.lm.begin(soft_prompts[at], [e.input_ids for e in chunk])
+            begun: Any = self.lm.begin(prompts[at], [e.input_ids for e in chunk])
             options = [e.option_ids if decoding == "options" else [] for e in chunk]
             writing = [i for i, own in enumerate(options) if decoding and not own]
             written = self.lm.generate(begun, writing, [chunk[i].answer_limit for i in writing]) if writing else []
             said = dict(zip(writing, self.layout.text(written), strict=True))
             # An option that is the right answer, as one is, need not be scored twice.
             wanted = [(i, tuple(text)) for i, e in enumerate(chunk) for text in [e.target_ids] * losses + options[i]]
-            loss_of = self._text_losses(begun, list(dict.fromkeys(wanted)), soft_prompts.shape[1] + len(chunk[0]))
+            loss_of = self._text_losses(begun, list(dict.fromkeys(wanted)), prompts.shape[1] + len(chunk[0]))
             for i, (n, e) in enumerate(zip(numbers, chunk, strict=True)):
                 scored = tuple(loss_of[i, tuple(option)] for option in options[i])
                 if not losses and any(map(math.isnan, scored)):
@@ -249,7 +236,7 @@ class Backbone:
                 answers[n] = Answer(text, loss, scored)
 
         with torch.inference_mode():
-            self.answer_budget.in_passes([e.widths(soft_prompts.shape[1]) for _, e in rows], work)
+            self.answer_budget.in_passes([e.widths(prompts.shape[1]) for _, e in rows], work)
         return [answers[n] for n in range(len(rows))]
 
     def _text_losses(self, begun: Any, texts: Sequence[Text], width: int) -> dict[Text, float]:
@@ -287,16 +274,15 @@ def load_backbone(
     half = precision == "bf16" or (precision == "auto" and multiplied)
     # Every step has other shapes, and with cuDNN's attention took 2 to 2.4 times as long (H100, torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model, tokenizer = _load(name, torch.bfloat16 if half else torch.float32)
-    model = model.to(where).eval().requires_grad_(False)
+    model, tokenizer = _load(name, where, torch.bfloat16 if half else torch.float32)
+    model.eval().requires_grad_(False)
     # Answers are greedy, whatever the backbone was saved with: beams, forced tokens, penalties.
     special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     model.generation_config = transformers.GenerationConfig(**{name: getattr(model.config, name, None) for name in special})
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     lm: Seq2Seq | Causal
     if model.config.is_encoder_decoder:
-        if prompt_at == "end" or chat:
-            asked = "--prompt-at end" if prompt_at == "end" else "--chat"
+        if asked := "--prompt-at end" if prompt_at == "end" else "--chat" if chat else "":
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
         if not compiled and model._supports_sdpa:
             share_position_bias(model)
@@ -307,18 +293,15 @@ def load_backbone(
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
-    budget, answer_budget = first_budgets(where)
-    backbone = Backbone(
-        name=name, lm=lm, layout=layout, max_length=min(max_length, positions), budget=budget, answer_budget=answer_budget
-    )
+    backbone = Backbone(name, lm, layout, min(max_length, positions), *first_budgets(where))
     check_backbone(backbone)
     if compiled:
-        for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,):
+        for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.base_model,):
             part.compile(dynamic=True)
     return backbone
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return model and tokenizer as transformers loads them: safetensors, no code of the model's own, no question about it."""
     path, options = (str(TESTBED_FOLDER) if name == TESTBED else name), dict[str, Any](trust_remote_code=False)
     if name.endswith(".gguf"):
@@ -330,10 +313,12 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         encoder_only = [a for a in getattr(config, "architectures", None) or () if a.endswith("ForMaskedLM")]
         if encoder_only and not config.is_encoder_decoder:
             raise IptError(f"the backbone '{name}' is an encoder alone ({encoder_only[0]}), which cannot answer")
-        kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        kind: Any = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        if not config.is_encoder_decoder and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = transformers.AutoModelForImageTextToText  # reads text, too: Mistral 3, Qwen 3 VL
         weights = {} if "gguf_file" in options else {"use_safetensors": True}
         loaded: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **weights, **options)
-        model, loading = loaded
+        model, loading = loaded[0].to(device), loaded[1]
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except IptError:
         raise
@@ -362,22 +347,21 @@ def check_backbone(backbone: Backbone) -> None:
         ids, target = (torch.tensor([ids], device=backbone.device) for ids in (row.input_ids, row.target_ids))
         if shift := getattr(model, "prepare_decoder_input_ids_from_labels", None):  # mBART's labels end in the start
             model.generation_config.decoder_start_token_id = int(shift(labels=target)[0, 0])
-        # Two of the input's own tokens as its prompt, and beside it a longer row, for which it is padded.
+        # Two of the input's own tokens as its prompt, a hair beside them as some families (Gemma 4) look up which token an
+        # embedding is; and a longer row, for which it is padded.
         front = backbone.prompt_at == "front"
         taken, rest = (slice(2), row.input_ids[2:]) if front else (slice(-2, None), row.input_ids[:-2])
         with torch.inference_mode():
-            prompt = backbone.model.get_input_embeddings()(ids)[:, taken].float()
+            prompt = model.get_input_embeddings()(ids)[:, taken].float() * (1 + tolerance / 10)
             begun: Any = backbone.lm.begin(prompt.expand(2, -1, -1), [rest, 2 * row.input_ids])
             found = [backbone.lm.text_losses(begun, rows, [row.target_ids] * len(rows)) for rows in ([0, 1], [0, 0, 1])]
-        ours = [float(loss) / len(row.target_ids) for loss in (found[0][0], *found[1][:2])]
-        with torch.no_grad():
-            if isinstance(backbone.lm, Seq2Seq):
-                theirs = float(model(input_ids=ids, labels=target).loss)
-            else:
-                labels = torch.cat([torch.full_like(ids, -100), target], dim=1)
-                theirs = float(model(input_ids=torch.cat([ids, target], dim=1), labels=labels).loss)
+            ours = [float(loss) / len(row.target_ids) for loss in (found[0][0], *found[1][:2])]
+            if isinstance(backbone.lm, Causal):
+                ids, target = torch.cat([ids, target], dim=1), torch.cat([torch.full_like(ids, -100), target], dim=1)
+            theirs = float(model(input_ids=ids, labels=target).loss)
     except Exception as error:  # whatever a family of models does that this program does not know
         reason = short(f"{type(error).__name__}: {error}", 200)
+        reason += "; --prompt-at front may work" * (backbone.prompt_at == "end")
         raise IptError(f"the backbone '{backbone.name}' ({model.config.model_type}) cannot be used here: {reason}") from error
     if not all(abs(own - theirs) <= tolerance * max(1.0, abs(theirs)) for own in ours):
         told = ", ".join(f"{own:.4f}" for own in ours)
@@ -400,7 +384,5 @@ def _find_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise IptError(
-            f"there is no device '{name}' here ({str(error).splitlines()[0]}): use --device auto, cpu or cuda"
-        ) from error
+        raise IptError(f"there is no device '{name}' here ({short(error)}): use --device auto, cpu or cuda") from error
     return device

@@ -7,6 +7,7 @@ Padding stands in front of all, whatever the tokenizer's side, and positions are
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -34,9 +35,8 @@ class Done:
     def of(self, rows: Sequence[int]) -> Done:
         """Return some rows, perhaps several times; what follows in one is not seen in another."""
         at = to_device(rows, self.logits.device)
-        chosen = transformers.DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            chosen.update(layer.keys[at], layer.values[at], number)
+        chosen = copy.deepcopy(self.cache)
+        chosen.reorder_cache(at)
         return Done(self.logits[at], chosen, self.real[list(rows)])
 
 
@@ -91,7 +91,8 @@ class Causal:
         turned = (np.arange(width) + real.sum(1, keepdims=True)) % width
         at = to_device((turned + np.arange(n_rows)[:, None] * width).ravel(), embeddings.device)
         embeddings = embeddings.flatten(0, 1).index_select(0, at).unflatten(0, (n_rows, width))
-        return embeddings, np.take_along_axis(real, turned, 1), transformers.DynamicCache(), np.zeros((n_rows, 0), dtype=bool)
+        nothing: Any = transformers.DynamicCache(config=self.model.config)  # layers of hybrids, too: Qwen 3.5, Granite 4
+        return embeddings, np.take_along_axis(real, turned, 1), nothing, np.zeros((n_rows, 0), dtype=bool)
 
     def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
@@ -146,24 +147,20 @@ class Causal:
         """
         tokens, said = padded(texts, self.model.device)  # (texts, length)
         following = self.model.get_input_embeddings()(tokens[:, :-1])
+        at, of = np.nonzero(said.T)  # all first tokens, then all second ones
         if "done" not in vars(begun) and list(rows) == list(range(len(begun.input_ids))):
             embeddings, real, cache, before = self.embedded(begun.soft_prompts, begun.input_ids)
+            embeddings, own = torch.cat([embeddings, following], dim=1), np.concatenate([real, said[:, :-1]], axis=1)
             # The last token before a text predicts its first.
-            predicting = np.pad(said, ((0, 0), (real.shape[1] - 1, 0)))
-            real, flat = np.concatenate([real, said[:, :-1]], axis=1), np.flatnonzero(predicting)
-            logits = self.logits(torch.cat([embeddings, following], dim=1), real, cache, before, flat)
-            wanted = tokens.flatten().index_select(0, to_device(np.flatnonzero(said), tokens.device))
-            losses, of = torch.zeros(len(texts), device=tokens.device), np.nonzero(said)[0]
+            logits = self.logits(embeddings, own, cache, before, of * own.shape[1] + real.shape[1] - 1 + at)
         else:
-            behind = begun.done.of(rows)
-            losses = torch.nn.functional.cross_entropy(behind.logits, tokens[:, 0], reduction="none")
-            flat, of = np.flatnonzero(said[:, 1:]), np.nonzero(said[:, 1:])[0]
-            if not len(of):
-                return losses
-            logits = self.logits(following, said[:, :-1], behind.cache, behind.real, flat)
-            wanted = tokens[:, 1:].flatten().index_select(0, to_device(flat, tokens.device))
-        each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        return losses.index_add(0, to_device(of, tokens.device), each)
+            behind, rest = begun.done.of(rows), (of * following.shape[1] + at - 1)[len(texts) :]
+            logits = behind.logits
+            if len(rest):
+                logits = torch.cat([logits, self.logits(following, said[:, :-1], behind.cache, behind.real, rest)])
+        wanted = tokens.flatten().index_select(0, to_device(of * tokens.shape[1] + at, tokens.device))
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        return losses.new_zeros(len(texts)).index_add(0, to_device(of, tokens.device), losses)
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """Return greedily generated tokens of some rows, each at most so many.

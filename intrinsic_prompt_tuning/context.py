@@ -317,7 +317,7 @@ class Context:
         """Return the part that all headers share, and more."""
         of, o = self.backbone, self.options
         shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": of.precision, "prompt_at": of.prompt_at}
-        shared |= {"chat": of.chat, "seed": o.seed, "prompt_length": self.prompt_length, "decoding": o.decoding}
+        shared |= {"chat": of.layout.chat, "seed": o.seed, "prompt_length": self.prompt_length, "decoding": o.decoding}
         text = settled(Options, self.placed).initial_text  # files without it are older
         return shared | ({"initial_text": text} if text else {}) | {"max_length": of.max_length, "kind": kind} | more
 

@@ -18,7 +18,7 @@ from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_nam
 from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tasks.checks import check
-from intrinsic_prompt_tuning.tuning import measure_pace
+from intrinsic_prompt_tuning.tuning import pace_of
 
 ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
 TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
@@ -186,7 +186,7 @@ class Experiment(Context):
             rows = list(dict.fromkeys((task, header.get("data_seed", COLLECTION_SEED)) for header, task in asked))
             some = [self.soft_prompts([task], seed)[task] for task, seed in rows[:: -(-len(rows) // 16)]]
             jobs = [job_of(self, choice[0], self.prompt_space) for choice in some]
-            self._measured = measure_pace(self.backbone, self.prompt_space, jobs, self.tuning, self.options.decoding)
+            self._measured = pace_of(self.backbone, self.prompt_space, jobs, self.tuning, self.options.decoding)
         return self._measured
 
     # --- Finding them in the cache

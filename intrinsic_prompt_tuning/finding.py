@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
@@ -53,9 +53,7 @@ class SubspaceConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot learn anything."""
         if not (self.lm_loss or self.reconstruction_loss):
-            raise IptError(
-                "both losses are switched off: nothing would be learned; leave --no-lm-loss or --no-reconstruction-loss out"
-            )
+            raise IptError("both losses are switched off, nothing is learned: leave --no-lm-loss or --no-reconstruction-loss out")
 
 
 class SubspaceFits:
@@ -70,11 +68,7 @@ class SubspaceFits:
         self.total = config.steps_before + config.subspace_steps
         seed, inner = config.subspace_seed, config.inner
         self.spaces = [untrained_space(initial_prompt, unit=unit, dim=dim, inner=inner, seed=seed) for dim in dims]
-        self.optimizers = []
-        for space in self.spaces:
-            for weight in space.weights.values():
-                weight.requires_grad_()
-            self.optimizers.append(torch.optim.Adafactor(space.weights.values(), lr=config.subspace_learning_rate))
+        self.optimizers = [torch.optim.Adafactor([w.requires_grad_() for w in s.weights.values()]) for s in self.spaces]
         self.lm_losses = torch.full((len(dims),), math.nan)
         """Mean LM loss per target token at the last step, on the backbone's device; nan where it is off."""
         self.unexplained = self.lm_losses
@@ -88,22 +82,18 @@ class SubspaceFits:
         """
         if self._updating or not self.step:
             return []
-        return [
-            {"step": torch.tensor(float(self.step)), "lm_loss": lm, "unexplained": error}
-            | {
-                f"{layer} {name}": tensor
-                for layer, weight in space.weights.items()
-                for name, tensor in ({"weight": weight.detach()} | optimizer.state[weight]).items()
-                if name != "step"
-            }
-            for space, optimizer, lm, error in zip(self.spaces, self.optimizers, self.lm_losses, self.unexplained, strict=True)
-        ]
+        states: list[dict[str, Tensor]] = []
+        for space, optimizer, lm, error in zip(self.spaces, self.optimizers, self.lm_losses, self.unexplained, strict=True):
+            states.append({"step": torch.tensor(float(self.step)), "lm_loss": lm, "unexplained": error})
+            for layer, weight in space.weights.items():
+                own = {"weight": weight.detach()} | optimizer.state[weight]
+                states[-1] |= {f"{layer} {name}": tensor for name, tensor in own.items() if name != "step"}
+        return states
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from states, all of one step."""
-        self.step, unknown = int(states[0]["step"]), torch.tensor(math.nan)
-        self.lm_losses = torch.stack([state.get("lm_loss", unknown) for state in states])
-        self.unexplained = torch.stack([state.get("unexplained", unknown) for state in states])
+        self.step = int(states[0]["step"])
+        self.lm_losses, self.unexplained = (torch.stack([s[name] for s in states]) for name in ("lm_loss", "unexplained"))
         for space, optimizer, state in zip(self.spaces, self.optimizers, states, strict=True):
             for layer, weight in space.weights.items():
                 own = {key.partition(" ")[2]: t.to(weight) for key, t in state.items() if key.partition(" ")[0] == layer}
@@ -120,8 +110,7 @@ class SubspaceFits:
         for optimizer, space, loss in zip(self.optimizers, self.spaces, losses, strict=True):
             if not loss.isfinite():
                 raise IptError(
-                    f"subspace of dim {space.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or "
-                    "--precision fp32"
+                    f"dim {space.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or --precision fp32"
                 )
             rate = min(1, (taken + 1) / 50, 2 * (total - taken) / total)
             optimizer.param_groups[0]["lr"] = self.config.subspace_learning_rate * rate
@@ -129,13 +118,6 @@ class SubspaceFits:
             optimizer.step()
             optimizer.zero_grad()  # at once, so that gradients of one subspace at a time are in memory
         self.step, self._updating = taken + 1, False
-
-
-class Found(NamedTuple):
-    """A subspace, and the losses at the last step of learning it."""
-
-    space: Space
-    record: dict[str, float]
 
 
 def check_dim(dim: int, initial_prompt: Tensor) -> None:
@@ -148,8 +130,8 @@ def fit_subspaces(
     backbone: Backbone, soft_prompts: Tensor, initial_prompt: Tensor, rows: Sequence[Sequence[Encoded]], dims: Sequence[int],
     config: SubspaceConfig, *, unfinished: Sequence[Mapping[str, Tensor]] = (),
     on_step: Callable[[SubspaceFits], None] = lambda fits: None,
-) -> list[Found]:  # fmt: skip
-    """Find subspaces of collected prompts; what each comes to does not depend on those beside it.
+) -> list[tuple[Space, dict[str, float]]]:  # fmt: skip
+    """Find subspaces of collected prompts, and the losses at the last step; what each comes to does not depend on the others.
 
     A decoder maps each drawn task's vector once a step, whatever the number of its rows: the rows only see prompts, and what
     comes back is the loss's gradient with respect to those.
@@ -178,7 +160,7 @@ def fit_subspaces(
         on_step(fits)
     figures = [{"lm_loss": float(lm), "unexplained": float(e)} for lm, e in zip(fits.lm_losses, fits.unexplained, strict=True)]
     records = [{name: value for name, value in own.items() if math.isfinite(value)} for own in figures]
-    return [Found(_unit_vectors(space, soft_prompts), own) for space, own in zip(fits.spaces, records, strict=True)]
+    return [(_unit_vectors(space, soft_prompts), own) for space, own in zip(fits.spaces, records, strict=True)]
 
 
 def _fit_step(backbone: Backbone, fits: SubspaceFits, soft_prompts: Tensor, rows: Sequence[Sequence[Encoded]]) -> None:

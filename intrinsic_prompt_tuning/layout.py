@@ -54,7 +54,8 @@ class CausalLayout(Layout):
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers and the end behind them."""
-        space = "" if self.chat else " "
+        # A tokenizer of SentencePiece's kind (Mistral's) begins every text with a space of its own.
+        space = "" if self.chat or "".join(self.tokenizer.tokenize("a")).startswith("\u2581") else " "
         ids = self.tokenizer([space + text for text in texts], add_special_tokens=False).input_ids if texts else []
         return [[*own, self.end] for own in ids]
 
@@ -89,8 +90,10 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
         manner: Any = {"chat_template": template, "tokenize": False, "enable_thinking": False}
         asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **manner)
         whole = tokenizer.apply_chat_template(turns, **manner)
-        before, after = asked.split(mark)
-        ending = tokenizer(whole.split(answer)[1], add_special_tokens=False).input_ids
+        (before, after), (turn, ending, *_) = asked.split(mark), whole.split(answer)
+        if turn.startswith(asked) and turn[len(asked) :].strip():  # a channel is named in front of an answer (gpt-oss)
+            after += turn[len(asked) :]
+        ending = tokenizer(ending, add_special_tokens=False).input_ids
     except Exception as error:  # a template is a program of its own
         raise IptError(f"the chat template of '{name}' cannot be used ({error}): use --no-chat") from error
     before, after = (tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in (before, after))

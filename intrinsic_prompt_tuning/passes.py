@@ -132,18 +132,14 @@ def available_memory(device: torch.device) -> float:
 
 def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
     """Return what is tried first, forward and backward, and forward only."""
-    return (
-        (Budget(1 << 10, by_block=True), Budget(1 << 11, by_block=True))
-        if device.type == "cpu"
-        else (Budget(1 << 15), Budget(1 << 17))
-    )
+    if device.type == "cpu":
+        return Budget(1 << 10, by_block=True), Budget(1 << 11, by_block=True)
+    return Budget(1 << 15), Budget(1 << 17)
 
 
 def only(model: Any, flat: Tensor) -> Any:
     """Let only some positions of the flattened rows reach the vocabulary, the widest layer by far, while the result is open."""
-    return model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, states: (states[0].flatten(0, 1).index_select(0, flat),)
-    )
+    return model.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1).index_select(0, flat),))
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:

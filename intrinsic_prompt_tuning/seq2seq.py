@@ -14,22 +14,17 @@ from intrinsic_prompt_tuning.passes import FEW, only, padded, to_device
 class Begun:
     """Rows that have been through the encoder: all texts behind a row go on from there."""
 
-    states: Tensor
-    """(rows, prompt_length + input_length, hidden)."""
+    states: Any
+    """(rows, prompt_length + input_length, hidden), as a decoder takes them."""
     mask: Tensor
-    """(rows, prompt_length + input_length), true where there is something."""
-
-    @property
-    def output(self) -> Any:
-        """The states as a decoder takes them."""
-        return transformers.modeling_outputs.BaseModelOutput(self.states)
+    """(rows, prompt_length + input_length), one where there is something."""
 
     def of(self, rows: Sequence[int]) -> Begun:
         """Return some rows, perhaps several times."""
-        if list(rows) == list(range(len(self.states))):
+        if list(rows) == list(range(len(self.mask))):
             return self
-        at = to_device(rows, self.states.device)
-        return Begun(self.states[at], self.mask[at])
+        at = to_device(rows, self.mask.device)
+        return Begun(transformers.modeling_outputs.BaseModelOutput(self.states.last_hidden_state[at]), self.mask[at])
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,8 @@ class Seq2Seq:
         ids, real = padded(input_ids, self.model.device, before=prompt_length)
         inputs = self.model.get_input_embeddings()(ids)  # (rows, input_length, hidden)
         inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (rows, prompt_length + input_length, hidden)
-        mask = to_device(np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True), self.model.device)
-        return Begun(self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask).last_hidden_state, mask)
+        mask = to_device(np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True).astype(np.int64), self.model.device)
+        return Begun(self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask), mask)
 
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
         """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
@@ -63,23 +58,22 @@ class Seq2Seq:
         """
         tokens, real = padded(texts, self.model.device, least=FEW)  # (texts, length)
         start = self.model.generation_config.decoder_start_token_id
-        decoder_ids = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=start)
+        ids = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=start)
         # Found on the host: a device that is asked makes the host wait for it.
         own = np.flatnonzero(real)
         filled, rows_of = np.resize(own, max(FEW, len(own))), np.nonzero(real)[0]
         flat, of = (to_device(positions, self.model.device) for positions in (filled, rows_of))
-        behind = begun.of(rows)
+        behind: Any = begun.of(rows)
+        about = {"encoder_outputs": behind.states, "attention_mask": behind.mask, "decoder_input_ids": ids, "use_cache": False}
         with only(self.model, flat):
-            logits = self.model(
-                encoder_outputs=behind.output, attention_mask=behind.mask, decoder_input_ids=decoder_ids, use_cache=False
-            ).logits  # (text tokens, filled up, vocabulary)
+            logits = self.model(**about).logits  # (text tokens, filled up, vocabulary)
         losses = torch.nn.functional.cross_entropy(logits.float(), tokens.flatten().index_select(0, flat), reduction="none")
         return losses.new_zeros(len(texts)).index_add(0, of, losses[: len(own)])
 
     def generate(self, begun: Begun, rows: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """Return greedily generated tokens of some rows, each at most so many."""
         behind = begun.of(rows)
-        written = self.model.generate(encoder_outputs=behind.output, attention_mask=behind.mask, max_new_tokens=max(limits))
+        written = self.model.generate(encoder_outputs=behind.states, attention_mask=behind.mask, max_new_tokens=max(limits))
         # A row's own limit holds, so that no answer depends on the rows beside it. The first token is the decoder's start.
         return [row[1 : 1 + limit] for row, limit in zip(written.tolist(), limits, strict=True)]
 

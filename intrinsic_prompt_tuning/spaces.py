@@ -47,19 +47,15 @@ class Space:
 
     def back_project(self, theta: Tensor) -> Tensor:
         """Map theta (tasks, dim) to soft prompts (tasks, prompt_length, hidden): the paper's Proj_b."""
-        if "basis" in self.weights:
-            differences = self._low_rank(theta)
+        if "basis" in self.weights:  # `(Z P) * (1 + s) + b`, P being the basis and Z, s, b the parts of theta (ULPT)
+            length, hidden = self.initial_prompt.shape
+            z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
+            products = _product(z.reshape(len(theta) * length, -1), self.weights["basis"].T).view(-1, length, hidden)
+            differences = torch.addcmul(b[:, None], products, 1 + s[:, None])
         else:
             inner = torch.tanh(self._linear(theta, "hidden")) if "hidden.weight" in self.weights else theta
             differences = self._linear(inner, "out") if self.weights else inner
         return self.initial_prompt + self.unit * differences.view(-1, *self.initial_prompt.shape)
-
-    def _low_rank(self, theta: Tensor) -> Tensor:
-        """Return `(Z P) * (1 + s) + b`, P being the basis and Z, s, b the parts of theta (ULPT)."""
-        length, hidden = self.initial_prompt.shape
-        z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
-        products = _product(z.reshape(len(theta) * length, -1), self.weights["basis"].T).view(-1, length, hidden)
-        return torch.addcmul(b[:, None], products, 1 + s[:, None])
 
     def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
         """Return the reconstruction error: the share of the prompts' variance around the initial prompt left unexplained."""

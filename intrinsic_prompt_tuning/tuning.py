@@ -192,14 +192,11 @@ def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneCo
 
 def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
     """Update every job in the table once, each on its own next minibatch."""
-    state, taken = table.state, table.state["step"].long().tolist()
+    state, size = table.state, config.batch_size
     theta = state["theta"].requires_grad_()
     prompts = space.back_project(theta)  # (tasks, prompt_length, hidden)
-    batch = [
-        (i, train[row])
-        for i, (train, _) in enumerate(table.rows)
-        for row in minibatch(len(train), config.batch_size, table.jobs[i].order, taken[i])
-    ]
+    begun = zip(table.jobs, table.rows, state["step"].long().tolist(), strict=True)
+    batch = [(i, train[n]) for i, (job, (train, _), at) in enumerate(begun) for n in minibatch(len(train), size, job.order, at)]
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
     state["theta"] = theta.detach()
@@ -285,17 +282,15 @@ def validate(
     for name in ("best_theta", "best_score", "best_loss", "best_step"):
         state[name] = state[name].clone()  # written into below
     for i in due:
-        examples = table.rows[i][1]
-        own = list(itertools.islice(answers, len(examples)))
-        score, loss = outcome(table.jobs[i].metric, examples, own)
+        job, examples = table.jobs[i], table.rows[i][1]
+        score, loss = outcome(job.metric, examples, list(itertools.islice(answers, len(examples))))
         at, training_loss = int(state["step"][i]), float(state["last_loss"][i])
         for which, value in (("training", training_loss), ("validation", loss)):
             if not math.isfinite(value):
                 raise IptError(
-                    f"the {which} loss of task {table.jobs[i]} is {value} by step {at}: use a smaller --learning-rate, or "
-                    "--precision fp32"
+                    f"the {which} loss of task {job} is {value} by step {at}: use a smaller --learning-rate or --precision fp32"
                 )
-        told(table.jobs[i], {"step": at, "score": score, "loss": loss, "training_loss": training_loss})
+        told(job, {"step": at, "score": score, "loss": loss, "training_loss": training_loss})
         if (score, -loss) > (float(state["best_score"][i]), -float(state["best_loss"][i])):
             state["best_theta"][i] = state["theta"][i]
             for name, value in (("best_score", score), ("best_loss", loss), ("best_step", at)):
@@ -308,9 +303,7 @@ def outcome(metric: str, rows: Sequence[Encoded], answers: Sequence[Answer]) -> 
     return score, sum(answer.loss for answer in answers) / len(answers)
 
 
-def measure_pace(
-    backbone: Backbone, space: Space, jobs: Sequence[Job], config: TuneConfig, decoding: Decoding
-) -> tuple[float, float]:
+def pace_of(backbone: Backbone, space: Space, jobs: Sequence[Job], config: TuneConfig, decoding: Decoding) -> tuple[float, float]:
     """Return seconds per row trained and per row answered, by a few steps of some jobs of which nothing is kept."""
     table = JobTable(space.dim, backbone.device)
     for job in jobs:

@@ -132,7 +132,7 @@ def test_generation_is_greedy_whatever_the_backbone_was_saved_with(backbone: Bac
         ids = [start]
         while len(ids) <= row.answer_limit and (len(ids) == 1 or ids[-1] != backbone.model.config.eos_token_id):
             logits = backbone.model(
-                encoder_outputs=(begun.states,), attention_mask=begun.mask, decoder_input_ids=torch.tensor([ids]), use_cache=False
+                encoder_outputs=begun.states, attention_mask=begun.mask, decoder_input_ids=torch.tensor([ids]), use_cache=False
             ).logits
             ids.append(int(logits[0, -1].argmax()))
         expected = backbone.tokenizer.decode(ids, skip_special_tokens=True)
@@ -143,11 +143,12 @@ def test_what_is_begun_holds_prompt_and_input_and_a_mask_of_what_is_real(backbon
     rows = [row for _, row in mixed_rows(backbone, tasks, 1)][:5]
     begun = backbone.lm.begin(random_prompts(backbone, 5), [row.input_ids for row in rows])
     lengths = [3 + len(row.input_ids) for row in rows]
-    assert begun.states.shape == (5, max(lengths), backbone.hidden)
+    assert begun.states.last_hidden_state.shape == (5, max(lengths), backbone.hidden)
     assert [[*row].index(False) if not all(row) else len(row) for row in begun.mask.tolist()] == lengths
     assert begun.mask.sum(1).tolist() == lengths
     again = begun.of([3, 3, 0])
-    assert torch.equal(again.states, begun.states[[3, 3, 0]]) and torch.equal(again.mask, begun.mask[[3, 3, 0]])
+    states = begun.states.last_hidden_state
+    assert torch.equal(again.states.last_hidden_state, states[[3, 3, 0]]) and torch.equal(again.mask, begun.mask[[3, 3, 0]])
     assert begun.of(range(5)) is begun, "all rows need no copy"
 
 

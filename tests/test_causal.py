@@ -149,6 +149,29 @@ def test_losses_gradients_and_options_are_those_of_the_unpadded_computation(
     assert len({len(row.input_ids) for row in rows}) > 2, "without padding the case shows nothing"
 
 
+def test_a_hybrid_is_right_with_the_prompt_in_front_and_refused_behind(
+    tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its layers of convolution remember of an input is no keys and values."""
+    if not hasattr(transformers, "Lfm2Config"):
+        pytest.skip("transformers has no LFM2 yet")
+    layers = {"layer_types": ["conv", "full_attention"]}
+    monkeypatch.setitem(FAMILIES, "lfm2", lambda size: transformers.Lfm2Config(vocab_size=size, **SIZES, **layers))
+    folder = save_model(tmp_path, "lfm2", world)
+    test_losses_gradients_and_options_are_those_of_the_unpadded_computation({"lfm2": folder}, "lfm2", tasks, "front")
+    with pytest.raises(IptError, match=r"\(lfm2\) cannot be used here: .*; --prompt-at front may work"):
+        load_backbone(str(folder), device="cpu", prompt_at="end")
+
+
+def test_a_model_that_does_not_fit_onto_its_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def to(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
+    with pytest.raises(IptError, match="cannot load the backbone 'testbed'.*out of memory"):
+        load_backbone(TESTBED, device="cpu")
+
+
 @pytest.mark.parametrize("at", ["front", "end"])
 def test_generation_is_greedy_and_padding_is_not_seen(
     folders: dict[str, Path], family: str, tasks: dict[str, Task], at: Any
@@ -262,7 +285,7 @@ def test_a_row_is_the_input_a_space_the_answer_and_the_end(folders: dict[str, Pa
     words = backbone.tokenizer.convert_ids_to_tokens
     assert words(row.input_ids) == ["the", "fox", "sees"]
     assert words(row.target_ids) == ["two", "keys", "</s>"]
-    assert not backbone.chat
+    assert not backbone.layout.chat
 
 
 def test_a_chat_model_s_row_is_its_template_with_the_answer_as_the_assistant_s_turn(tmp_path: Path, world: World) -> None:
@@ -272,7 +295,7 @@ def test_a_chat_model_s_row_is_its_template_with_the_answer_as_the_assistant_s_t
     words = backbone.tokenizer.convert_ids_to_tokens
     assert words(row.input_ids) == ["<turn>", "user", "the", "fox", "sees", "</s>", "<turn>", "assistant"]
     assert words(row.target_ids) == ["two", "keys", "</s>"]
-    assert backbone.chat and not bare.chat and words(plain.input_ids) == ["the", "fox", "sees"]
+    assert backbone.layout.chat and not bare.layout.chat and words(plain.input_ids) == ["the", "fox", "sees"]
     ids = backbone.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the fox sees"}], add_generation_prompt=True, return_dict=False
     )
@@ -316,6 +339,27 @@ def test_an_answer_of_a_chat_ends_with_a_token_that_is_no_text(end: str) -> None
     assert layout.chat and layout.end == tokenizer.eos_token_id
     (ids,) = layout.answers(["two keys"])
     assert tokenizer.decode(ids) == "two keys</s>" and layout.text([ids]) == ["two keys"]
+
+
+def test_a_channel_that_a_template_names_in_front_of_an_answer_stands_there() -> None:
+    """gpt-oss's template writes it into what was said, and leaves it to the model where it asks for more."""
+    say = "{% if m['role'] == 'assistant' %}[assistant]<final>{% else %}[user]{% endif %}{{ m['content'] }}{{ eos_token }}"
+    ask = "{% if add_generation_prompt %}[assistant]{% endif %}"
+    layout = causal_layout(bytes_tokenizer("{% for m in messages %}" + say + "{% endfor %}" + ask), "bytes", None)
+    ids = [*layout.before, *layout.inputs(["is it"])[0], *layout.after, *layout.answers(["yes"])[0]]
+    assert layout.tokenizer.decode(ids) == "[user]is it</s>[assistant]<final>yes</s>"
+
+
+def test_an_answer_has_one_space_before_it_where_the_tokenizer_puts_one() -> None:
+    """As Mistral's does: what begins a text has a space in front."""
+    vocab = {token: n for n, token in enumerate(["</s>", *"\u2581abcdefghijklmnopqrstuvwxyz"])}
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    spaces = [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    plain.normalizer = tokenizers.normalizers.Sequence(spaces)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    layout = causal_layout(tokenizer, "pieces", None)
+    whole = tokenizer("is it yes").input_ids
+    assert [*layout.inputs(["is it"])[0], *layout.answers(["yes"])[0]] == [*whole, layout.end]
 
 
 def test_a_chat_template_writes_the_same_day_every_day(monkeypatch: pytest.MonkeyPatch) -> None:

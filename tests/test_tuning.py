@@ -468,7 +468,7 @@ def test_the_pace_is_measured_by_steps_that_change_nothing(t5: Backbone, tasks: 
     space = make_space(t5, "prompt")
     jobs = make_jobs(t5, space, tasks)[:3]
     before = [job.theta.clone() for job in jobs]
-    trained, answered = tuning.measure_pace(t5, space, jobs, TuneConfig(steps=5, batch_size=4), "options")
+    trained, answered = tuning.pace_of(t5, space, jobs, TuneConfig(steps=5, batch_size=4), "options")
     assert 0 < trained < 5
     assert 0 < answered < 5
     assert all(map(torch.equal, before, [job.theta for job in jobs]))
@@ -491,4 +491,4 @@ def test_the_pace_is_a_step_s_time_over_its_rows_and_a_validation_s_over_its_row
     monkeypatch.setattr(tuning, "step", takes(6.0))
     monkeypatch.setattr(tuning, "validate", takes(16.0))
     jobs = make_jobs(t5, space, tasks)[2:4]  # of 8 validation rows each
-    assert tuning.measure_pace(t5, space, jobs, TuneConfig(batch_size=3), "options") == (1.0, 1.0)
+    assert tuning.pace_of(t5, space, jobs, TuneConfig(batch_size=3), "options") == (1.0, 1.0)
