@@ -19,8 +19,8 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
             eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Prompts and vectors alike have the
             better of two learning rates, task by task.
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
-            few steps that the README names for CPUs, one learning rate for prompts (1.0), and for the vectors of each space that of
-            two which has the better mean on the validation rows of the first split's unseen tasks.
+            few steps that the README names for CPUs, 50 test rows a task; one learning rate for prompts (1.0), and for the vectors
+            of each space that of two which has the better mean on the validation rows of the first split's unseen tasks.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def means(figures: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {fmean(by_task.values()):.3f} (n={len(by_task)})" for name, by_task in figures.items())
 
 
-FEW_STEPS: dict[str, Any] = {"steps": 60, "batch_size": 4, "evaluations": 5, "learning_rate": [1.0], "slots": 4}
+FEW_STEPS: dict[str, Any] = {
+    "steps": 60, "batch_size": 4, "evaluations": 5, "learning_rate": [1.0], "test_rows": 50, "slots": 4,
+}  # fmt: skip
 
 
 def chat(arguments: argparse.Namespace) -> None:
