@@ -562,8 +562,14 @@ def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out
 def test_a_plan_asks_for_no_rows_but_those_it_is_about(build: Build, tmp_path: Path) -> None:
     """On a split of Hub tasks, a dry run of one task may not download others, nor fail for them."""
     x = build(tasks_file=impossible(tmp_path))
-    x.make(x.soft_prompts(["mood-good"])["mood-good"], dry_run=True)
+    x.make(x.soft_prompts(["mood-good"], 21)["mood-good"], dry_run=True)
     assert "by steps just measured" in told(x)[0]
+    assert [path.name for path in x.cache.glob("samples/*/*/*train*")] == ["mood-good_4_21_train.jsonl"]
+
+
+def test_a_dim_that_is_named_twice_is_one(x: Experiment) -> None:
+    _, scores = x.whole([6, 6], 21)
+    assert len(scores) == len({score.name for score in scores})
 
 
 def test_rows_are_drawn_once_on_a_machine(x: Experiment, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
