@@ -116,8 +116,8 @@ class Backbone:
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
         own = self.tokenizer
         rules = own.backend_tokenizer.to_str() if own.is_fast else repr(own).replace(repr(own.name_or_path), "")
-        chat = [[self.layout.before, self.layout.after, self.layout.end]] if self.layout.chat else []
-        about_all = [own.get_vocab(), rules, config, *chat]
+        written = [] if self.layout.space else [[self.layout.before, self.layout.after, self.layout.end]]  # else it is plain
+        about_all = [own.get_vocab(), rules, config, *written]
         digest = hashlib.sha256(json.dumps(about_all, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,7 +1,7 @@
 """How a row's text becomes tokens: what stands around the input, between input and answer, and behind the answer.
 
 encoder-decoder   encoder: input as the tokenizer writes it     decoder: answer as it writes targets
-causal            input as the tokenizer writes it, a space, the answer, end of text
+causal            input as the tokenizer writes it, one space, the answer, end of text
 causal, chat      the template with the input as the user's message, the answer as the assistant's, end of turn
 """
 
@@ -27,6 +27,8 @@ class Layout:
     """The token behind an answer, in a causal model."""
     chat: bool = False
     """Whether rows are written by the chat template."""
+    space: str = " "
+    """What stands in front of an answer, in a causal model."""
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs, without what stands before and after."""
@@ -54,9 +56,7 @@ class CausalLayout(Layout):
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers and the end behind them."""
-        # A tokenizer of SentencePiece's kind (Mistral's) begins every text with a space of its own.
-        space = "" if self.chat or "".join(self.tokenizer.tokenize("a")).startswith("\u2581") else " "
-        ids = self.tokenizer([space + text for text in texts], add_special_tokens=False).input_ids if texts else []
+        ids = self.tokenizer([self.space + text for text in texts], add_special_tokens=False).input_ids if texts else []
         return [[*own, self.end] for own in ids]
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
@@ -80,7 +80,9 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
     if chat is False or not tokenizer.chat_template:
         if tokenizer.eos_token_id is None:
             raise IptError(f"the tokenizer of '{name}' has no end-of-text token, so no answer would ever end")
-        return CausalLayout(tokenizer, end=tokenizer.eos_token_id)
+        # A tokenizer of SentencePiece's kind (Mistral's) begins every text with a space of its own.
+        own_space = "".join(tokenizer.tokenize("a")).startswith("\u2581")
+        return CausalLayout(tokenizer, end=tokenizer.eos_token_id, space="" if own_space else " ")
     mark, answer = "<<the-input>>", "<<the-answer>>"
     turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": answer}]
     # Some templates write today's date, and a row must be the same tomorrow.
@@ -101,4 +103,4 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
     end = next((token for token in ending if token in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
     if end is None:
         raise IptError(f"the chat template of '{name}' has no end of turn, so no answer would ever end: use --no-chat")
-    return CausalLayout(tokenizer, before=before, after=after, end=end, chat=True)
+    return CausalLayout(tokenizer, before=before, after=after, end=end, chat=True, space="")
