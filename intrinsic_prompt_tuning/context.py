@@ -205,8 +205,7 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        text = settled(Options, self.placed).initial_text
-        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, text)
+        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
         return Space(initial, self.backbone.embedding_rms)
 
     @cached_property
@@ -223,6 +222,11 @@ class Context:
     def prompt_length(self) -> int:
         """Tokens of a soft prompt."""
         return settled(Options, self.placed).prompt_length
+
+    @cached_property
+    def initial_text(self) -> str:
+        """What all soft prompts start from; empty: random words."""
+        return settled(Options, self.placed).initial_text
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -318,8 +322,8 @@ class Context:
         of, o = self.backbone, self.options
         shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": of.precision, "prompt_at": of.prompt_at}
         shared |= {"chat": of.layout.chat, "seed": o.seed, "prompt_length": self.prompt_length, "decoding": o.decoding}
-        text = settled(Options, self.placed).initial_text  # files without it are older
-        return shared | ({"initial_text": text} if text else {}) | {"max_length": of.max_length, "kind": kind} | more
+        more = ({"initial_text": self.initial_text} if self.initial_text else {}) | more  # files without it are older
+        return shared | {"max_length": of.max_length, "kind": kind} | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:
         """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""

@@ -32,6 +32,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
+def tiny_llama(folder: Path, world: World, *, chat: bool = False) -> Path:
+    (model := folder / "model").mkdir()
+    return save_model(model, "llama", world, chat=chat)
+
+
 def write_few_shot(folder: Path, task: Task, k: int, seeds: tuple[int, ...]) -> None:
     """Write a task's rows as few-shot files that call their number K."""
     own = folder / task.name
@@ -48,8 +53,7 @@ def test_real_language_prints_a_table_after_each_part(
     tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real_language = script("real_language")
-    (model := tmp_path / "model").mkdir()
-    save_model(model, "llama", world)
+    model = tiny_llama(tmp_path, world)
     write_few_shot(tmp_path / "first", tasks[NAMES[0]], 32, (100, 21, 42))
     for name in NAMES:
         write_few_shot(tmp_path / "second", tasks[name], 16, (100, 21, 42))
@@ -80,8 +84,7 @@ def test_real_language_has_every_task_unseen_once(
     tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real_language = script("real_language")
-    (model := tmp_path / "model").mkdir()
-    save_model(model, "llama", world)
+    model = tiny_llama(tmp_path, world)
     names = [*NAMES, *[task for task in tasks if task not in NAMES][:5]]
     for name in names:
         write_few_shot(tmp_path / "first", tasks[name], 32, (100,))
@@ -115,8 +118,7 @@ def test_real_language_compares_settings_task_by_task(
     tmp_path: Path, world: World, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real_language = script("real_language")
-    (model := tmp_path / "model").mkdir()
-    save_model(model, "llama", world, chat=True)
+    model = tiny_llama(tmp_path, world, chat=True)
     for name in NAMES:
         write_few_shot(tmp_path / "data", tasks[name], 32, (100,))
     (tmp_path / "split.yaml").write_text(json.dumps({"seen": NAMES}), encoding="utf-8")
