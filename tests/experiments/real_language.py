@@ -19,8 +19,9 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
             eight, or a fifth, are unseen, the paper's unseen ones first, then drawn by seed 0. Prompts and vectors alike have the
             better of two learning rates, task by task.
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
-            few steps that the README names for CPUs, 50 test rows a task; one learning rate for prompts (1.0), and for the vectors
-            of each space that of two which has the better mean on the validation rows of the first split's unseen tasks.
+            few steps that the README names for CPUs, or `--steps`; 50 test rows a task, or `--test-rows`; one learning rate for
+            prompts (1.0), and for the vectors of each space that of two which has the better mean on the validation rows of the
+            first split's unseen tasks.
 """
 
 from __future__ import annotations
@@ -169,10 +170,11 @@ def ruled(arguments: argparse.Namespace, change: dict[str, Any]) -> tuple[Path, 
 
 def folds(arguments: argparse.Namespace) -> None:
     """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
-    split, first = ruled(arguments, FEW_STEPS)
+    change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows}
+    split, first = ruled(arguments, change)
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
     splits = splits_drawn(arguments.cache, sorted(kept), sorted(kept))
-    xs = [experiment(arguments, FEW_STEPS | {"split": str(file)}, first) for file in splits]
+    xs = [experiment(arguments, change | {"split": str(file)}, first) for file in splits]
     kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
 
     def described(x: Experiment) -> tuple[dict[str, Choice], list[Result], list[dict[str, Choice]]]:
@@ -372,6 +374,8 @@ def main() -> None:
     parser.add_argument(
         "--spaces", type=int, default=len(SPACES), help="so many of them, the most telling first; 0: only prompts"
     )
+    parser.add_argument("--steps", type=int, default=FEW_STEPS["steps"], help="of a job of `folds`")
+    parser.add_argument("--test-rows", type=int, default=FEW_STEPS["test_rows"], help="of a task of `folds`")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
