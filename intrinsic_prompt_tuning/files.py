@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +90,15 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         IptError: it is not a safetensors file of ipt, or is of another version.
     """
-    with _opened(path) as opened:
-        return opened[1]
+    return read_file(path, whole=False)[0]
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Return header, record and tensors of a file, its checksum found right.
+def read_file(path: Path, *, whole: bool = True) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Return header, record and tensors of a file, its checksum found right; not `whole`: no tensors, nothing compared.
 
     Raises:
         IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.
     """
-    with _opened(path) as (file, header, record, checksum):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        if checksum != _checksum(header, record, tensors):
-            raise ValueError("its checksum is another")
-        return header, record, tensors
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], str]]:
-    """Open a safetensors file, and read header, record and checksum of its metadata; what cannot be read of it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -121,7 +110,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], s
             if version != FILE_VERSION:
                 what = f"{path} has file version {version}, expected {FILE_VERSION}"
                 raise IptError(f"{what}: remove it, and the command makes it anew, or use the ipt that made it")
-            yield file, header, record, content["checksum"]
+            checksum, names = content["checksum"], file.keys() if whole else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+            if whole and checksum != _checksum(header, record, tensors):
+                raise ValueError("its checksum is another")
+            return header, record, tensors
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"is not a file of ipt, or is damaged ({short(error, 200)})") from error
 
