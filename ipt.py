@@ -68,6 +68,9 @@ def echo(text: str = "") -> None:
         except BrokenPipeError:
             Console().on_broken_pipe()
             raise SystemExit(0) from None
+        except UnicodeEncodeError as error:  # a terminal, or a locale, of few letters
+            what = f"the output's encoding, {error.encoding}, has no {error.object[error.start]!a}"
+            raise IptError(f"{what}: set PYTHONIOENCODING=utf-8") from error
 
 
 def print_report(report: dict[str, Any], as_json: bool, *, per_task: bool, wide: bool) -> None:

@@ -705,6 +705,17 @@ def test_tasks_shows_the_rows_of_a_task(cli: Cli) -> None:
     assert re.search(r"the \w+ (fox|cow) sees .* -> .*beast", text)
 
 
+def test_an_output_that_has_no_such_letter_is_told(shared_options: list[object], tmp_path: Path) -> None:
+    rows = [f"the glad fox sees {n} cups,{'good' if n % 2 else 'bad'}" for n in range(20)]
+    (tmp_path / "気分.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    command = [sys.executable, ipt.__file__, "tasks", *map(str, shared_options), "--data", str(tmp_path / "気分.csv")]
+    for encoding, code in (("latin-1", 1), ("utf-8", 0)):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+        assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
+    assert done.stdout.decode().splitlines()[1].startswith("気分 ")
+
+
 # --- Help ----------------------------------------------------------------------------------------
 
 
