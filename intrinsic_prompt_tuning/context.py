@@ -156,8 +156,9 @@ class Context:
         options = {flag[2:]: settled[name] for name, flag in flags.items() if name in settled and flag.startswith("--")}
         self.told = command, options
 
-    def keep_options(self) -> None:
-        """Write the file of options that reproduces the command, once."""
+    def keep_notes(self) -> None:
+        """Write the file of options that reproduces the command, once, and what was found out about memory."""
+        self.remember_budgets()
         if self.told:
             (command, options), self.told = self.told, None
             plain = json.loads(json.dumps(options, default=str))
@@ -181,7 +182,7 @@ class Context:
         o = self.options.backbone
         name = os.path.basename(os.path.abspath(o)) if Path(o).exists() else o  # noqa: PTH100, PTH119 (a link keeps its name)
         store = Store(self.cache / f"{file_name(name)}-{self.backbone.fingerprint[:8]}", self.backbone.fingerprint)
-        store.before_save = self.keep_options  # so that a killed command has left them beside its first result
+        store.before_save = self.keep_notes  # so that a killed command has left them beside its first result
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):  # it is found out again
             numbers = json.loads(self._budget_file(store).read_bytes())
             both = zip((self.backbone.budget, self.backbone.answer_budget), numbers, strict=True)

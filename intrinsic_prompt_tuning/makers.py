@@ -86,7 +86,6 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
         yield Made(begun.pop(tuned.job), tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
-    x.remember_budgets()
 
 
 def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
@@ -114,7 +113,6 @@ def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep)
         for result, (space, record) in zip(members, found, strict=True):
             done += result.cost.steps
             yield Made(result, {"unit": space.unit} | record, space.weights)
-    x.remember_budgets()
 
 
 def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConfig) -> Made:
@@ -145,7 +143,6 @@ def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) ->
                 del said[score]
                 done += 1
         after_step(lambda: {score: {"said": torch.tensor(list(json.dumps(said[score]).encode()))} for score in said}, done)
-    x.remember_budgets()
 
 
 def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[str]]) -> Iterator[Question]:
