@@ -31,10 +31,10 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
     """Return what the engine is to do for a soft prompt or an intrinsic vector."""
     header = result.header
     about = {name: header[name] for name in ("task", "metric", "data_seed", "learning_rate", "seed")}
-    # Where it goes on from a state, nobody looks for a start.
-    theta = torch.zeros(space.dim) if x.store.unfinished(result) else start_of(x, result, space)
+    state = x.store.unfinished(result)
+    theta = torch.zeros(space.dim) if state else start_of(x, result, space)  # what goes on looks for no start
     return Job(
-        **about, number=header.get("try", 0), theta=theta, unfinished=partial(x.store.unfinished, result),
+        **about, number=header.get("try", 0), theta=theta, unfinished=state,
         rows=lambda: x.encoded(header["task"], header["data_seed"])[:2],
     )  # fmt: skip
 

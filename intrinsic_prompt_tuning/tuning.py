@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from intrinsic_prompt_tuning.backbone import Answer, Backbone, Decoding, Encoded
@@ -63,8 +63,8 @@ class Job:
     """(dim,), float32: where it starts."""
     rows: Callable[[], Sequence[list[Encoded]]]
     """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
-    unfinished: Callable[[], Mapping[str, Tensor]] = dict
-    """Returns the state at which the job goes on; called when it begins. Empty: at the start."""
+    unfinished: Mapping[str, Tensor] = field(default_factory=dict)
+    """The state at which the job goes on, if it began before."""
 
     @property
     def order(self) -> int:
@@ -109,7 +109,7 @@ class JobTable:
 
     def add(self, job: Job) -> None:
         """Give a job a slot, at its start or where it was interrupted."""
-        start = {"theta": job.theta, "best_theta": job.theta, "best_score": torch.tensor(-math.inf)} | dict(job.unfinished())
+        start = {"theta": job.theta, "best_theta": job.theta, "best_score": torch.tensor(-math.inf), **job.unfinished}
         for name, table in self.state.items():
             row = start.get(name, torch.zeros(table.shape[1:])).to(table)
             self.state[name] = torch.cat([table, row[None]])

@@ -748,7 +748,7 @@ def test_what_goes_on_from_a_state_looks_for_no_start(x: Experiment, monkeypatch
     ((result,),) = x.intrinsic_vectors(["even-or-good"], 100, subspace, "nearest").values()
     x.store.save_unfinished({result: {"step": torch.tensor(1.0), "theta": torch.ones(6)}})
     monkeypatch.setattr(makers, "start_of", lambda *_: pytest.fail("a start was looked for"))
-    assert job_of(x, result, x.space(subspace)).unfinished()["theta"].tolist() == [1.0] * 6
+    assert job_of(x, result, x.space(subspace)).unfinished["theta"].tolist() == [1.0] * 6
 
 
 def test_prompts_that_started_from_the_nearest_of_other_collections_are_told_apart(x: Experiment, build: Build) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,13 @@ def test_without_a_number_of_slots_jobs_fill_four_passes_and_at_least_16_are_tun
     assert counts[0] == at_once
 
 
-def test_a_queue_of_10_000_jobs_loads_no_rows_and_no_states_before_their_turn(t5: Backbone, tasks: dict[str, Task]) -> None:
+def test_of_a_queue_of_10_000_jobs_none_is_made_and_no_rows_loaded_before_its_turn(t5: Backbone, tasks: dict[str, Task]) -> None:
     space, config, loaded, asked = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int](), list[int]()
     rows = rows_of(t5, tasks["mood-good"])
 
     def job(n: int) -> Job:
-        template = make_job(t5, tasks["mood-good"], torch.zeros(space.dim))
-        own: Callable[[], Mapping[str, Tensor]] = lambda: (asked.append(n), {})[1]  # noqa: E731
-        return dataclasses.replace(template, rows=lambda: (loaded.append(n), (rows, rows))[1], unfinished=own)
+        asked.append(n)
+        return make_job(t5, tasks["mood-good"], torch.zeros(space.dim), rows=lambda: (loaded.append(n), (rows, rows))[1])
 
     first = next(tune(t5, space, map(job, range(10_000)), config, slots=16))
     assert first.record["steps"] == 1
@@ -422,7 +421,7 @@ def test_going_on_after_an_interruption_gives_the_theta_of_an_uninterrupted_run(
     rest = [job for job in jobs if job not in {result.job for result in finished}]
     assert finished
     assert len(rest) > len(states) > 0
-    again = [dataclasses.replace(job, unfinished=lambda job=job: states.get(job, {})) for job in rest]
+    again = [dataclasses.replace(job, unfinished=states.get(job, {})) for job in rest]
     both = tuned([*finished, *tune(backbone, space, again, CONFIG, slots=2)])
     assert all(torch.equal(both[name].theta, whole[name].theta) for name in whole)
     assert {name: result.record for name, result in both.items()} == {name: result.record for name, result in whole.items()}
@@ -455,7 +454,7 @@ def test_an_interruption_in_the_middle_of_a_step_goes_on_from_the_last_one(
     monkeypatch.undo()
     states = latest()
     assert [int(state["step"]) for state in states.values()] == [5 if where == "validate" else 7] * 2
-    again = [dataclasses.replace(job, unfinished=lambda job=job: states[job]) for job in jobs]
+    again = [dataclasses.replace(job, unfinished=states[job]) for job in jobs]
     both = tuned(tune(t5, space, again, config))
     assert all(torch.equal(both[name].theta, whole[name].theta) for name in whole)
     assert {name: result.record for name, result in both.items()} == {name: result.record for name, result in whole.items()}
