@@ -32,7 +32,7 @@ class Experiment(Context):
     """What can be made of a backbone, tasks and a cache, and what has been."""
 
     def soft_prompts(
-        self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, Mapping[str, str]] | None = None,
+        self, tasks: Iterable[str], data_seed: int = COLLECTION_SEED, starts: Mapping[str, dict[str, str]] | None = None,
         near: Sequence[Choice] = (),
     ) -> dict[str, Choice]:  # fmt: skip
         """Describe soft prompts of tasks (prompt tuning), one per learning rate and try.
@@ -41,9 +41,7 @@ class Experiment(Context):
         al., ACL 2022).
         """
         about, starts = {"start": "nearest", "collection": collection_name(near)} if near else {}, starts or {}
-        told = {task: {**about, **starts.get(task, {})} for task in tasks}
-        headers = {task: self.header("soft-prompt", task=task, data_seed=data_seed, **own) for task, own in told.items()}
-        return {task: self._tuned(header, *near) for task, header in headers.items()}
+        return {task: self._tuned("soft-prompt", task, data_seed, about | starts.get(task, {}), *near) for task in tasks}
 
     def intrinsic_vectors(
         self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
@@ -52,15 +50,14 @@ class Experiment(Context):
         if start != "random" and subspace.header["space"] == "low-rank":
             raise IptError(f"--start {start} needs a space that prompts can be sent into, which a low-rank one is not")
         about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
-        headers = {task: self.header("intrinsic-vector", task=task, data_seed=data_seed, **about) for task in tasks}
-        return {task: self._tuned(header, (subspace,)) for task, header in headers.items()}
+        return {task: self._tuned("intrinsic-vector", task, data_seed, about, (subspace,)) for task in tasks}
 
-    def _tuned(self, header: Mapping[str, Any], *inputs: Choice) -> Choice:
-        """Describe what the engine makes on the rows of a header's task and data seed, one result per learning rate and try."""
-        task, config, is_prompt = header["task"], self.tuning, header["kind"] == "soft-prompt"
+    def _tuned(self, kind: str, task: str, data_seed: int, about: Mapping[str, Any], *inputs: Choice) -> Choice:
+        """Describe what the engine makes on the rows of a task and data seed, one result per learning rate and try."""
+        config, is_prompt, sample = self.tuning, kind == "soft-prompt", self.sample(task, data_seed)
         rates = self.rates.learning_rate if is_prompt else self.rates.vector_learning_rate
-        sample = self.sample(task, header["data_seed"])
-        of = {"metric": self.task(task).metric, "data": sample_digest(sample), "tuning": asdict(config)}
+        of = {"task": task, "data_seed": data_seed, "metric": self.task(task).metric, "data": sample_digest(sample)}
+        header = self.header(kind, tuning=asdict(config), **of, **about)
         trained, answered = config.steps * config.batch_size, config.evaluations * len(sample.validation)
         if header.get("start") == "nearest":
             answered += len(sample.train) * len(inputs if is_prompt else inputs[0][0].inputs)
@@ -69,8 +66,8 @@ class Experiment(Context):
         choice: Choice = ()
         # The largest rate first: a task that is solved needs nothing else.
         for rate, number in itertools.product(sorted({*rates}, reverse=True), range(self.rates.tries)):
-            about = {"learning_rate": rate} | ({"try": number} if number else {})
-            choice += (Result({**header, **of, **about}, inputs, cost, instead_of=choice),)
+            which = {"learning_rate": rate} | ({"try": number} if number else {})
+            choice += (Result(header | which, inputs, cost, instead_of=choice),)
         return choice
 
     def subspace(self, space: SpaceKind, dim: int, prompts: Mapping[str, Choice]) -> Result:
