@@ -1078,6 +1078,18 @@ def test_a_file_that_cannot_be_used_is_named_and_eval_shows_the_rest(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_was_left_out_is_the_first_process_s_to_tell(
+    cli: Cli, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Another's exit code would end the first, while it draws pictures or writes a page."""
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "mood-good"))
+    spoil(cache_folder, "count-next", lambda whole: whole[:-5])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli("eval").code == (1 if rank == 0 else 0)
+
+
 def test_where_no_file_can_be_used_all_are_named(cli: Cli, cache_folder: Path) -> None:
     assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "mood-good"))
     paths = [spoil(cache_folder, "count-next", lambda whole: whole[:-5]), spoil(cache_folder, "mood-good", version_1)]
