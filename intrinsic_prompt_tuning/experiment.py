@@ -283,11 +283,10 @@ class Experiment(Context):
             chosen = whole or (chosen if self.options.skip_missing else [])
         if len(chosen) == 1:
             return chosen[0]
-        if not found or not (chosen or name or space == "subspace"):
-            collection = self.collected()
-            if space != "subspace" and not name:
-                return self.subspace(space, dim, collection)
-            none = f"the cache holds 0 subspaces of dim {dim} of these {len(collection)} tasks"
+        if not (chosen or name or space == "subspace"):
+            return self.subspace(space, dim, self.collected())
+        if not found:
+            none = f"the cache holds 0 subspaces of dim {dim} of these {len(self.collected())} tasks"
             raise IptError(f"{none}: run 'ipt fit-subspace --dim {dim}'")
         none = "" if chosen or name else f", none of them of all {len(self.named('seen'))} seen tasks"
         told = differences(found)
