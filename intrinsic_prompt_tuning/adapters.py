@@ -190,16 +190,18 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
 
 def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template: str, test: Mapping[str, Any]) -> str:
     """Return what a person needs to know of a prompt, and code that uses it behind the model that `base` names."""
-    causal, file = isinstance(x.backbone.lm, Causal), Path(x.options.backbone).name
+    causal, file, layout = isinstance(x.backbone.lm, Causal), Path(x.options.backbone).name, x.backbone.layout
     told = {"tokens": len(prompt.soft_prompt), "space": "prompt", "dim": prompt.soft_prompt.numel()} | prompt.result.header
     told |= prompt.record | {f"test_{name}": value for name, value in test.items()}
     shown = "metric data_seed rows validation validation_loss test_score test_n tokens space dim start imported source precision"
-    chat = 'apply_chat_template([{"role": "user", "content": "the input"}], add_generation_prompt=True, return_dict=False, '
+    ids = 'tokenizer.encode("the input", return_tensors="pt")'
+    if layout.chat:  # the tokens that rows were tuned with: the template itself may write today's date, or open thoughts
+        ids = f'torch.tensor([[*{layout.before}, *tokenizer.encode("the input", add_special_tokens=False), *{layout.after}]])'
     return template.format(
         name=base, task=prompt.task, backbone=x.options.backbone, folder=folder.resolve().name,
         about="\n".join(f"- {name.replace('_', ' ')}: {told[name]}" for name in shown.split() if name in told),
         base=repr(base) + (f", gguf_file={file!r}" if file.endswith(".gguf") else ""), begin="ids.shape[1]" if causal else "0",
         model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM", limit=told.get("answer_limit", 20),
-        ids="tokenizer." + (chat if x.backbone.layout.chat else 'encode("the input", ') + 'return_tensors="pt")',
+        ids=ids, end=layout.end if causal else x.backbone.model.generation_config.eos_token_id,
         parts="prompt, embed(ids[0])" if x.backbone.prompt_at == "front" else "embed(ids[0]), prompt",
     )  # fmt: skip

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import Result, run_ipt
-from test_causal import plain_logits, save_model
+from test_causal import THINKING, plain_logits, save_model
 
 from intrinsic_prompt_tuning.adapters import CONFIG, WEIGHTS
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
@@ -195,6 +195,34 @@ def test_a_card_tells_what_it_is_and_its_code_answers_as_we_do(
     (prompt,) = [found["prompt"] for found in place.prompts().values()]
     (answer,) = backbone.answer(prompt[None], [(0, row)], decoding="generate")
     assert said == answer.text and (said or family == "bart")
+
+
+def test_a_card_of_a_chat_model_writes_rows_as_they_were_tuned_and_answers_greedily(
+    shared_options: list[object], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the template does by itself, here thinking, and whatever the model was saved with."""
+    folder = save_model(tmp_path / "chat", "llama", world, chat=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(folder)
+    saved = {"do_sample": True, "temperature": 2.0, "eos_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(saved), encoding="utf-8")
+    place = Place(shared_options, folder, tmp_path / "cache")
+    place.good("collect", *SHORT, "--task", TASK)
+    place.good("export", "--task", TASK, "--from", "prompt", "--out", tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(code.replace("the input", "the glad fox"), "README.md", "exec"), found)
+    backbone = load_backbone(str(folder), device="cpu", prompt_at="front")
+    limit = found["options"]["max_new_tokens"]
+    (row,) = backbone.encode([Example("the glad fox", ("x",))], prompt_length=3, answer_limit=limit)
+    assert found["ids"].tolist() == [row.input_ids] and found["options"]["eos_token_id"] == backbone.layout.end
+    (prompt,) = [one["prompt"] for one in place.prompts().values()]
+    (answer,) = backbone.answer(prompt[None], [(0, row)], decoding="generate")
+    said = tokenizer.decode(found["answer"][0, len(row.input_ids) :], skip_special_tokens=True)
+    assert said.strip() == answer.text != ""
 
 
 def test_a_card_of_a_vector_tells_its_subspace_and_a_test_score(places: Callable[[str], Place], tmp_path: Path) -> None:
