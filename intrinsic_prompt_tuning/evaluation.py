@@ -30,9 +30,9 @@ def relative_performance(scores: Scores, baseline: Scores, floor: Scores) -> dic
     """Compare scores per task with prompt tuning's.
 
     Args:
-        scores: of the method.
-        baseline: of prompt tuning; tasks without one are left out.
-        floor: of the backbone without a prompt.
+        scores: of the method, on one task at least.
+        baseline: of prompt tuning, on all of these tasks.
+        floor: of the backbone without a prompt, likewise.
 
     Returns:
         `e_rel`, the mean over tasks of the ratios, and `median_ratio`; `n_tasks` in them, `n_excluded` whose prompt-tuning
@@ -40,11 +40,9 @@ def relative_performance(scores: Scores, baseline: Scores, floor: Scores) -> dic
         ratio of the means after the floor's is taken off both. Bounds `_low` and `_high` are those of a 95 % bootstrap over
         tasks. None where there is nothing to divide by, or one task alone.
     """
-    tasks = [task for task in scores if task in baseline]
-    ratios = [scores[task] / baseline[task] for task in tasks if baseline[task] > LEAST_BASELINE]
-    both = [(scores[task] - floor[task], baseline[task] - floor[task]) for task in tasks if task in floor]
-    mean_score = fmean(scores[task] for task in tasks) if tasks else None
-    mean_baseline = fmean(baseline[task] for task in tasks) if tasks else None
+    ratios = [scores[task] / baseline[task] for task in scores if baseline[task] > LEAST_BASELINE]
+    both = [(scores[task] - floor[task], baseline[task] - floor[task]) for task in scores]
+    mean_score, mean_baseline = fmean(scores.values()), fmean(baseline[task] for task in scores)
     return {
         "n_tasks": len(ratios),
         "n_excluded": len(scores) - len(ratios),
@@ -53,7 +51,7 @@ def relative_performance(scores: Scores, baseline: Scores, floor: Scores) -> dic
         **_with_interval("gain", both, _gain),
         "mean_score": mean_score,
         "mean_prompt_tuning": mean_baseline,
-        "ratio_of_means": mean_score / mean_baseline if mean_score is not None and mean_baseline else None,
+        "ratio_of_means": mean_score / mean_baseline if mean_baseline else None,
     }
 
 

@@ -190,7 +190,7 @@ def test_a_correlation_of_any_numbers_lies_in_its_range(rows: list[tuple[float, 
 scores_of_a_task = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1))
 
 
-@given(rows=st.lists(scores_of_a_task, max_size=20))
+@given(rows=st.lists(scores_of_a_task, min_size=1, max_size=20))
 def test_the_interval_holds_the_mean_and_every_task_is_counted(rows: list[tuple[float, float, float]]) -> None:
     scores, baseline, floor = ({str(n): row[side] for n, row in enumerate(rows)} for side in range(3))
     result = relative_performance(scores, baseline, floor)
