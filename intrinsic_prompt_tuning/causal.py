@@ -85,7 +85,6 @@ class Causal:
             return soft_prompts.to(self.model.dtype), np.ones((n_rows, prompt_length), dtype=bool), cache, before
         ids, real = padded(input_ids, self.model.device, before=prompt_length)
         embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
-        real = np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True)
         # Padding to the front: windows and biases that count by place see prompt, input and text side by side.
         width = real.shape[1]
         turned = (np.arange(width) + real.sum(1, keepdims=True)) % width

@@ -149,10 +149,10 @@ def to_device(values: Any, device: torch.device) -> Tensor:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device, *, before: int = 0, least: int = 1) -> tuple[Tensor, np.ndarray]:
-    """Pad with 0 on the right; return ids on the device, and on the host which of them are real: (rows, width) both.
+    """Pad with 0 on the right; return ids (rows, width) on the device, and on the host what is real (rows, before + width).
 
     No row sees what is not real, so any token would do. On a GPU, the width is such that it is a multiple of 8 together with
-    what comes before: kernels want that, and there are few widths to compile for.
+    the places before it, which are real: kernels want that, and there are few widths to compile for.
     """
     width = max(least, *map(len, rows))
     if device.type == "cuda":
@@ -160,4 +160,4 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, *, before: int =
     ids = np.zeros((len(rows), width), dtype=np.int64)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
-    return to_device(ids, device), np.arange(width) < np.array([[len(row)] for row in rows])
+    return to_device(ids, device), np.arange(-before, width) < np.array([[len(row)] for row in rows])

@@ -41,11 +41,10 @@ class Seq2Seq:
             soft_prompts: (rows, prompt_length, hidden), float32.
             input_ids: one list a row; padded here on the right, which no row sees.
         """
-        prompt_length = soft_prompts.shape[1]
-        ids, real = padded(input_ids, self.model.device, before=prompt_length)
+        ids, real = padded(input_ids, self.model.device, before=soft_prompts.shape[1])
         inputs = self.model.get_input_embeddings()(ids)  # (rows, input_length, hidden)
         inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (rows, prompt_length + input_length, hidden)
-        mask = to_device(np.pad(real, ((0, 0), (prompt_length, 0)), constant_values=True).astype(np.int64), self.model.device)
+        mask = to_device(real.astype(np.int64), self.model.device)
         return Begun(self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask), mask)
 
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:

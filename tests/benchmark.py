@@ -140,8 +140,7 @@ def bare(side: tuple, steps: int) -> None:
             targets, said = padded([rows[n].target_ids for n in numbers], backbone.device)
             labels = targets.masked_fill(~torch.from_numpy(said).to(targets.device), -100)
             embeds = torch.cat([prompt.expand(len(ids), -1, -1), embed(ids)], dim=1).requires_grad_()
-            mask = torch.cat([ids.new_ones(len(ids), len(prompt)), torch.from_numpy(real).to(ids)], dim=1)
-            model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
+            model(inputs_embeds=embeds, attention_mask=torch.from_numpy(real).to(ids), labels=labels).loss.backward()
 
         backbone.budget.in_passes([row.widths(len(prompt)) for row in rows], work)
     if prompt.is_cuda:

@@ -116,8 +116,8 @@ def test_on_a_gpu_padding_makes_the_whole_width_a_multiple_of_8(
     monkeypatch.setattr(passes, "to_device", lambda values, device: torch.as_tensor(values))
     gpu: Any = SimpleNamespace(type="cuda")
     ids, real = passes.padded([[1] * longest, [1]], gpu, before=before)
-    assert ids.shape == real.shape == (2, width)
-    assert real.sum(1).tolist() == [longest, 1]
+    assert ids.shape == (2, width) and real.shape == (2, before + width)
+    assert real.sum(1).tolist() == [before + longest, before + 1] and real[:, :before].all()
     assert (before + width) % 8 == 0
 
 
