@@ -65,7 +65,8 @@ def _by_task(x: Experiment, report: Mapping[str, Any]) -> dict[str, list[dict[st
     """Return the tasks in each role, each with its scores by what they are of."""
 
     def label(score: Mapping[str, Any]) -> str:
-        return " ".join(str(score[key]) for key in ("quantity", "space", "dim", "start") if score[key] not in (None, 0, "random"))
+        start = score["start"] if score["start"] != "random" else None
+        return " ".join(str(part) for part in (score["quantity"], score["space"], score["dim"], start) if part)
 
     alike = {own for (_, own), n in Counter((score["task"], label(score)) for score in report["scores"]).items() if n > 1}
     tables: dict[str, dict[str, dict[str, Any]]] = {}

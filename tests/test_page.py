@@ -34,6 +34,7 @@ def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFact
     assert cli("fit-subspace", "--dim", 4, "--subspace-steps", 3).code == 0
     assert cli("tune", *SHORT, "--dim", 4, "--seen", "--data-seed", 21).code == 0
     assert cli("tune", *SHORT, "--dim", 4, "--unseen").code == 0
+    assert cli("tune", *SHORT, "--dim", 4, "--unseen", "--space", "random").code == 0
     split.write_text(split.read_text().replace("[even-or-good]", "[even-or-good, day-then-count]"), encoding="utf-8")
     done = cli("report", "--out", folder / "page.html")
     assert done.code == 0, done.err
@@ -98,10 +99,11 @@ def test_the_page_holds_the_table_of_eval_and_every_score(finished: tuple[Path, 
     for row in read.rows:
         heads = row if row[0] == "task" else [] if row[0] == "what" else heads
         shown |= {
-            (row[0], head.partition("(")[2][:3] or head): cell for head, cell in zip(heads, row, strict=False) if row != heads
+            (row[0], re.sub(r".*\((...).*?\)", r"\1", head)): cell for head, cell in zip(heads, row, strict=False) if row != heads
         }
     for score in report["scores"]:
-        stage = score["quantity"].partition("(")[2][:3] or score["quantity"]
+        stage, about = score["quantity"].partition("(")[2][:3] or score["quantity"], (score["space"], score["dim"])
+        stage += "".join(f" {part}" for part in about if part)
         assert shown[score["task"], stage] == f"{score['value']:.3f}", score
 
 
@@ -145,7 +147,7 @@ def test_a_page_tells_every_command_that_learned_and_no_damaged_file_of_options_
             (commands / name).unlink()
     assert done.code == 0, done.err
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^(?:.*<pre>)?([a-z-]+):(?: \{|$)", text, re.M)) == ["collect", "fit-subspace", "tune", "tune"]
+    assert sorted(re.findall(r"^(?:.*<pre>)?([a-z-]+):(?: \{|$)", text, re.M)) == ["collect", "fit-subspace", *["tune"] * 3]
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(finished: tuple[Path, Callable[..., Result]], tmp_path: Path) -> None:
