@@ -162,14 +162,12 @@ def tune(
         if not table.jobs:
             return
         step(backbone, space, table, config)
-        steps = table.state["step"]
-        due = [i for i, taken in enumerate(steps.tolist()) if taken % config.evaluate_every == 0 or taken == config.steps]
-        if due:
+        steps = table.state["step"].tolist()
+        if due := [i for i, taken in enumerate(steps) if taken % config.evaluate_every == 0 or taken == config.steps]:
             validate(backbone, space, table, due, decoding, on_validation)
-        done = _over(table.state, config, due) if due else []
-        yield from (table.result(i, space) for i in done)
-        if done:
-            table.retain([i for i in range(len(table.jobs)) if i not in done])
+            over = _over(table.state, config, due)
+            yield from (table.result(i, space) for i in over)
+            table.retain([i for i in range(len(steps)) if i not in over])
         on_step(table)
 
 
