@@ -36,14 +36,13 @@ class Budget:
         lengths = [sum(width) for width in widths]
         in_one = max(lengths, default=0) * len(lengths)
         for group in self.groups(widths):
-            order, done = sorted(group, key=lambda row: -lengths[row]), 0
-            while done < len(order):
+            left = sorted(group, key=lambda row: -lengths[row])
+            while left:
                 tokens = self.tokens
-                for size in pass_sizes([lengths[row] for row in order[done:]], tokens):
-                    rows = order[done : done + size]
-                    if self._try(rows, lengths, work):
-                        done += size
-                        self._grow(in_one, used=lengths[rows[0]] * size)
+                for size in pass_sizes([lengths[row] for row in left], tokens):
+                    if self._try(left[:size], lengths, work):
+                        self._grow(in_one, used=lengths[left[0]] * size)
+                        del left[:size]
                     if self.tokens != tokens:
                         break
 
