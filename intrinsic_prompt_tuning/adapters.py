@@ -24,9 +24,8 @@ KINDS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 @dataclass(frozen=True, eq=False)
 class TunedPrompt:
-    """A soft prompt of a task, and what it is."""
+    """A soft prompt, and what it is."""
 
-    task: str
     soft_prompt: Tensor
     """(prompt_length, hidden)."""
     result: Result
@@ -66,7 +65,7 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
     if not prompt.is_floating_point() or not prompt.float().isfinite().all():
         raise IptError(f"{path} holds numbers that are not floating point or not finite")
     prompt, header = prompt.float().contiguous().to(x.backbone.device), x.header("soft-prompt", task=task) | header
-    return TunedPrompt(task or "", prompt, Result(header), record, vector)
+    return TunedPrompt(prompt, Result(header), record, vector)
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -198,7 +197,7 @@ def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template:
     if layout.chat:  # the tokens that rows were tuned with: the template itself may write today's date, or open thoughts
         ids = f'torch.tensor([[*{layout.before}, *tokenizer.encode("the input", add_special_tokens=False), *{layout.after}]])'
     return template.format(
-        name=base, task=prompt.task, backbone=x.options.backbone, folder=folder.resolve().name,
+        name=base, task=told["task"], backbone=x.options.backbone, folder=folder.resolve().name,
         about="\n".join(f"- {name.replace('_', ' ')}: {told[name]}" for name in shown.split() if name in told),
         base=repr(base) + (f", gguf_file={file!r}" if file.endswith(".gguf") else ""), begin="ids.shape[1]" if causal else "0",
         model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM", limit=told.get("answer_limit", 20),

@@ -52,7 +52,7 @@ def tuned_prompts(
         remedy = f"run 'ipt {command} --task {missing[0]}{told}' with the same options"
         raise IptError(f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': {remedy}")
     best = {task: x.store.best(tuple(itertools.chain(*own))) for task, own in choices.items() if own}
-    return {task: TunedPrompt(task, x.tuned((of,)), of, told, t.get("intrinsic_vector")) for task, (of, told, t) in best.items()}
+    return {task: TunedPrompt(x.tuned((of,)), of, told, t.get("intrinsic_vector")) for task, (of, told, t) in best.items()}
 
 
 def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int, dim: int | None) -> dict[str, dict[str, str]]:
