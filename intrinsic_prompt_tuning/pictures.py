@@ -113,13 +113,14 @@ def by_number(drawn: Mapping[str, Sequence[Row]], quantity: Quantity, across: st
     """Draw lines across dim (the paper's figures 3 and 4) or seen_tasks (figure 6), a panel for each quantity of tuned tasks.
 
     Raises:
-        IptError: nothing was tuned in a space, or not in spaces of several numbers of seen tasks.
+        IptError: nothing was tuned in a space, or not in spaces of several numbers of seen tasks, or has no such quantity.
     """
     every = [row for own in drawn.values() for row in own if row[quantity] is not None]
     tuned = list(dict.fromkeys(row["quantity"] for row in every if "(IST)" in row["quantity"]))
     if not tuned:
         where = "a space" if across == "dim" else "spaces of one dim, made of several numbers of seen tasks (--split)"
-        raise IptError(f"the cache holds no tasks tuned in {where}; 'ipt fit-subspace' and 'ipt tune' make them")
+        told = f"the cache holds no {QUANTITIES[quantity].partition(' (')[0]} of tasks tuned in {where}"
+        raise IptError(f"{told}; 'ipt fit-subspace' and 'ipt tune' make them, and --quantity names another figure")
     figure, axes = _figure(6.4, 1 + 0.1 * len(drawn) + 2.4 * len(tuned), len(tuned))
     for ax, panel in zip(np.atleast_1d(axes), tuned, strict=True):
         role = panel.partition("(")[0]

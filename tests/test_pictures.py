@@ -18,6 +18,7 @@ import scipy.cluster.hierarchy
 import scipy.spatial.distance
 from conftest import Result, run_ipt
 
+from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, probe, similarity
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, load_tasks
 
@@ -154,6 +155,11 @@ def test_an_interval_without_an_end_leaves_the_picture_and_one_task_alone_has_no
     far = row_of("T_test(IST)", "subspace", 10, -3.0)
     (axes,) = by_number({"learned subspace": [far]}, "gain", "dim").axes
     assert axes.get_ylim()[0] < -3, "a point is never outside"
+
+
+def test_what_has_no_gain_is_not_said_to_be_untuned() -> None:
+    with pytest.raises(IptError, match=r"holds no gain of tasks tuned in a space; .* and --quantity names another figure"):
+        by_number({"learned subspace": [row_of("T_test(IST)", "subspace", 10, None)]}, "gain", "dim")
 
 
 def many(tasks: int, dim: int, seed: int = 0) -> tuple[Any, list[str], list[str], list[str]]:
