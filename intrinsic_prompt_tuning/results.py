@@ -82,6 +82,11 @@ def collection_name(choices: Iterable[Choice]) -> str:
     return digest([names(choice) for choice in choices])
 
 
+def by_validation(read: tuple[Result, Mapping[str, Any], Any]) -> tuple[float, float]:
+    """Return how good a result that was read is by its record: by validation score, then by validation loss."""
+    return read[1].get("validation", 0), -read[1].get("validation_loss", 0)
+
+
 class Made(NamedTuple):
     """What a maker yields: a result that is done."""
 
@@ -202,7 +207,7 @@ class Store:
                 read.append((result, *self.read(result)))
             if read[-1][1].get("validation") == 1:
                 break  # so that what is best depends on the names alone, whether or not the rest was made
-        return max(read, key=lambda it: (it[1].get("validation", 0), -it[1].get("validation_loss", 0)))
+        return max(read, key=by_validation)
 
     def found(self, kind: str) -> tuple[list[Result], dict[str, str]]:
         """Return what the cache holds of a kind, ordered by file name, and of each file that cannot be used why."""

@@ -13,6 +13,7 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.lazy import torch
+from intrinsic_prompt_tuning.results import by_validation
 from intrinsic_prompt_tuning.tasks import Example
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 
@@ -51,7 +52,8 @@ def tuned_prompts(
         told = "".join(f" --{name.replace('_', '-')} {value}" for name, value in like.items() if source == "vector")
         remedy = f"run 'ipt {command} --task {missing[0]}{told}' with the same options"
         raise IptError(f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': {remedy}")
-    best = {task: x.store.best(tuple(itertools.chain(*own))) for task, own in choices.items() if own}
+    # The best of each grid, and of these that with the least loss: several may answer all validation rows right.
+    best = {task: max(map(x.store.best, own), key=by_validation) for task, own in choices.items() if own}
     return {task: TunedPrompt(x.tuned((of,)), of, told, t.get("intrinsic_vector")) for task, (of, told, t) in best.items()}
 
 

@@ -20,7 +20,7 @@ from conftest import Result, run_ipt
 import ipt
 from intrinsic_prompt_tuning.backbone import Answer, Backbone
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.files import read_file
+from intrinsic_prompt_tuning.files import read_file, write_file
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, load_tasks
 from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
 from intrinsic_prompt_tuning.tasks.folders import parse_input
@@ -86,6 +86,27 @@ def test_a_vector_answers_through_its_subspace_and_many_tasks_mix(
     told = [json.loads(line) for line in done.out.splitlines()]
     assert [row["task"] for row in told] == ["count-next", "mood-good", "mood-good"]
     assert "options" not in told[0] and told[1] == told[2] | {"input": told[1]["input"]}
+
+
+def test_of_what_answers_all_validation_rows_right_that_with_the_least_loss_answers(
+    shared_options: list[object], tmp_path: Path
+) -> None:
+    """A grid ends at the first rate that does; prompts and vectors are no grid."""
+
+    def cli(command: str, *arguments: object) -> Result:
+        return run_ipt(command, *shared_options, "--cache", tmp_path / "cache", *arguments)
+
+    for command in (("collect", *SHORT), ("fit-subspace", "--dim", 4, "--subspace-steps", 2), ("tune", "--dim", 4, *SHORT)):
+        assert cli(*command).code == 0
+    kinds = ("soft-prompts", "intrinsic-vectors")
+    for best in kinds:
+        for kind in kinds:
+            (path,) = tmp_path.glob(f"cache/*/{kind}/count-next-*.safetensors")
+            header, record, tensors = read_file(path)
+            write_file(path, header, record | {"validation": 1.0, "validation_loss": 0.1 if kind == best else 0.2}, tensors)
+        assert cli("export", "--task", "count-next", "--out", tmp_path / best).code == 0
+        vector = "intrinsic_vector" in read_file(tmp_path / best / "adapter_model.safetensors")[2]
+        assert vector == (best == "intrinsic-vectors")
 
 
 def test_a_bad_line_is_said_with_its_number_and_the_others_are_answered(tuned: tuple[Path, Cli], tmp_path: Path) -> None:
