@@ -112,6 +112,9 @@ def test_options_make_multiple_choice_and_the_same_ones_in_every_row_a_classific
     assert only(write_lines(tmp_path / "b.jsonl", *lines)).words == ("b", "a")
     lines = [{"input": f"row {n}", "output": f"{n}", "options": []} for n in range(20)]
     assert only(write_lines(tmp_path / "c.jsonl", *lines)).kind == "free-form"
+    for kind in ("classification", "free-form"):  # is said of tables without options
+        told = [(task.kind, task.words) for task in find_table_tasks(tmp_path, {}, kind=kind).values()]
+        assert told[:2] == [("multiple-choice", ()), ("classification", ("b", "a"))] and told[2][0] == kind
     with pytest.raises(IptError, match="'d' has rows with options and rows without"):
         only(write_rows(tmp_path / "d.csv", ("input", "output", "options"), ("i", "a", "a|b"), ("j", "a", "")))
 

@@ -61,7 +61,7 @@ def _task_of(name: str, files: Mapping[str, Path], columns: str, said: Kind | No
     kind, words = _kind(name, [row for _, row in kept.values()], said)
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for part, row in kept.values():
-        parts[part].append(row if kind == "multiple-choice" else replace(row, options=words))
+        parts[part].append(replace(row, options=row.options or words))
     if "test" not in files:
         parts["train"] = sorted(shuffled(parts["train"], 42), key=lambda row: row.answers[0] if words else "")  # of every label
         parts["test"] = parts["train"][4::5]
@@ -98,7 +98,7 @@ def _kind(name: str, rows: Sequence[Example], said: Kind | None) -> tuple[str, t
     options, labels = {row.options for row in rows}, tuple(sorted({row.answers[0] for row in rows}))
     if () in options and len(options) > 1:
         raise IptError(f"task '{name}' has rows with options and rows without: give all of them some, or none")
-    if options != {()} and not said:
+    if options != {()}:
         return ("classification", options.pop()) if len(options) == 1 else ("multiple-choice", ())
     few = len(labels) <= MOST_LABELS and 4 * len(labels) <= len(rows)
     if not said and not few and 2 * len(labels) <= len(rows):
@@ -106,7 +106,8 @@ def _kind(name: str, rows: Sequence[Example], said: Kind | None) -> tuple[str, t
             f"task '{name}' has {len(labels)} distinct answers in {len(rows)} rows, which can be labels or free text: say which "
             "with --kind classification or --kind free-form"
         )
-    return ("classification", labels) if said == "classification" or (few and not said) else ("free-form", ())
+    kind = said or ("classification" if few else "free-form")
+    return kind, labels if kind == "classification" else ()
 
 
 def _read(path: Path, said: str) -> tuple[list[Example], list[str], str]:
