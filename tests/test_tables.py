@@ -115,8 +115,13 @@ def test_options_make_multiple_choice_and_the_same_ones_in_every_row_a_classific
     for kind in ("classification", "free-form"):  # is said of tables without options
         told = [(task.kind, task.words) for task in find_table_tasks(tmp_path, {}, kind=kind).values()]
         assert told[:2] == [("multiple-choice", ()), ("classification", ("b", "a"))] and told[2][0] == kind
-    with pytest.raises(IptError, match="'d' has rows with options and rows without"):
-        only(write_rows(tmp_path / "d.csv", ("input", "output", "options"), ("i", "a", "a|b"), ("j", "a", "")))
+    first_without = [{"input": "i", "output": "a"}, {"input": "j", "output": "a", "options": ["a", "b"]}]
+    for path in (
+        write_rows(tmp_path / "d.csv", ("input", "output", "options"), ("i", "a", "a|b"), ("j", "a", "")),
+        write_lines(tmp_path / "d.jsonl", *first_without),
+    ):
+        with pytest.raises(IptError, match="'d' has rows with options and rows without"):
+            only(path)
 
 
 @pytest.mark.parametrize("names", [("input", "output"), ("text", "label"), ("prompt", "completion"), ("Text", "LABEL")])
@@ -134,13 +139,13 @@ def test_pairs_of_columns_are_known_by_name_in_every_format(tmp_path: Path, name
 def test_columns_can_be_named_and_two_readings_are_asked_about(tmp_path: Path) -> None:
     head = ("review", "text", "label", "output", "choices")
     path = write_rows(tmp_path / "t.csv", head, *((f"r{n}", f"t{n}", f"l{n}", f"o{n}", f"l{n}|x") for n in range(10)))
-    with pytest.raises(IptError, match=r"t\.csv has the columns review, text, label, output, choices; .*with --columns"):
+    with pytest.raises(IptError, match=r"t\.csv, line 2 has the columns review, text, label, output, choices; .*with --columns"):
         find_table_tasks(path, {})
     assert rows_of(path, columns="review,output")[0] == Example("r0", ("o0",))
     assert rows_of(path, columns="review,label,choices")[0] == Example("r0", ("l0",), ("l0", "x"))
     for said in ("review,label,choices,text", "review,stars"):
         with pytest.raises(
-            IptError, match=rf"--columns is '{said}', expected at most 3 of the columns of .*t\.csv: review, text"
+            IptError, match=rf"--columns is '{said}', expected at most 3 of the columns of .*t\.csv, line 2: review, text"
         ):
             rows_of(path, columns=said)
 
@@ -295,8 +300,8 @@ def test_too_few_rows_are_counted_and_the_shots_that_they_suffice_for_are_named(
     ("t.csv", b"", r"t\.csv holds no rows"),
     ("t.csv", b"text,label\n", r"t\.csv holds no rows"),
     ("t.jsonl", b"\n\n", r"t\.jsonl holds no rows"),
-    ("t.csv", b"a,b\n1,2\n", r"t\.csv has the columns a, b; expected one of input, text, prompt and one of output, label"),
-    ("t.jsonl", b'{"text": "a"}\n', r"t\.jsonl has the columns text; expected one of input"),
+    ("t.csv", b"a,b\n1,2\n", r"t\.csv, line 2 has the columns a, b; expected one of input, text, prompt and one of output, label"),
+    ("t.jsonl", b'{"text": "a"}\n', r"t\.jsonl, line 1 has the columns text; expected one of input"),
     ("t.csv", b"text,label\nfine,1\ncaf\xe9,0\n", r"t\.csv, line 3 cannot be read \('utf-8' codec can't decode byte 0xe9"),
     ("t.jsonl", b'{"text": "a", "label": 1}\n\n\xff', r"t\.jsonl, line 3 cannot be read \('utf-8' codec"),
     ("t.csv", b"\xff\xfet\0e\0", r"t\.csv, line 1 cannot be read \('utf-8' codec"),

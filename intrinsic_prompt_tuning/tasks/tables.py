@@ -114,7 +114,7 @@ def _read(path: Path, said: str) -> tuple[list[Example], list[str], str]:
     """Return a table's rows, which columns they were read from, and that for people."""
     rows, names, record = list[Example](), list[str](), Record()
     for where, record in _records(path):
-        names = names or _columns(path, record, said)
+        names = _columns(where, record, said)  # of every line: one of JSON may have others than the first
         rows.append(_example(where, record, names))
     if not rows:
         raise IptError(f"{path} holds no rows")
@@ -122,7 +122,7 @@ def _read(path: Path, said: str) -> tuple[list[Example], list[str], str]:
     return rows, names, f"{' -> '.join(names)} of {path.name}" + (f" (not {short(unused)})" if unused else "")
 
 
-def _columns(path: Path, record: Record, said: str) -> list[str]:
+def _columns(where: str, record: Record, said: str) -> list[str]:
     """Return the columns of input, answer and, where there are any, options; or of messages alone."""
     inputs, answers, options = ([name for name in record if name.strip().lower() in names] for names in COLUMNS)
     readings = [[*pair, *options] for pair in itertools.product(inputs, answers)] + [["messages"]] * ("messages" in record)
@@ -130,10 +130,10 @@ def _columns(path: Path, record: Record, said: str) -> list[str]:
         readings = [said.split(",")]
         if not record.keys() >= set(readings[0]) or len(readings[0]) > len(COLUMNS):
             known = short(", ".join(record), 200)
-            raise IptError(f"--columns is '{said}', expected at most {len(COLUMNS)} of the columns of {path}: {known}")
+            raise IptError(f"--columns is '{said}', expected at most {len(COLUMNS)} of the columns of {where}: {known}")
     if len(readings) != 1:
         raise IptError(
-            f"{path} has the columns {short(', '.join(record), 200)}; expected one of {', '.join(COLUMNS[0])} and one of "
+            f"{where} has the columns {short(', '.join(record), 200)}; expected one of {', '.join(COLUMNS[0])} and one of "
             f"{', '.join(COLUMNS[1])}, or messages: say which to read with --columns, such as --columns question,reply"
         )
     return readings[0]
