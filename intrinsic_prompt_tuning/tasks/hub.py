@@ -113,9 +113,14 @@ class HubRow:
         return record | {column: map_text(self._value(record, column, "clean"), CLEANERS[how]) for column, how in columns}
 
     def render(self, record: Record) -> Example:
-        """Return a new input, which has no answer, of the columns that the template and the options name after a transform."""
+        """Return a new input, which has no answer, of the columns that the template and the options name after a transform.
+
+        Where neither names `options`, the record may bring what can be answered under that name.
+        """
         clean = self.clean if isinstance(self.clean, str) else {c: how for c, how in self.clean.items() if c in record}
-        return self._example(replace(self, clean=clean)._edited(record), answered=False)
+        example = self._example(replace(self, clean=clean)._edited(record), answered=False)
+        is_column = self.options or "options" in places(self.template)
+        return example if is_column else replace(example, options=texts(record.get("options") or []) or example.options)
 
     def _example(self, record: Record, *, answered: bool = True) -> Example:
         paths = [self.options] if isinstance(self.options, str) else self.options
