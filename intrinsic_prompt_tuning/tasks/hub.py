@@ -8,7 +8,6 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +69,8 @@ class HubRow:
     """Path -> the values that a record must have there, other records are left out; an empty list: anything but empty."""
     join: str = " "
     truncate: str = ""
-    """Field of the template whose end goes when an input is too long; `start`: the beginning of the input goes."""
+    """Field of the template whose end goes when an input is too long, and not what stands behind it; `start`: the beginning of
+    the input goes. Without it, the field before the options."""
     options: str | list[str] = field(default_factory=list)
     """Path of the list of options, or one path per option."""
     option_labels: str = ""
@@ -89,6 +89,17 @@ class HubRow:
     clean_answers: Cleaner = ""
     unavailable: str = ""
     """Why the dataset cannot be had any more."""
+
+    def draw(self, data_seed: int, shots: int, test_rows: int | None) -> Sample:
+        """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total."""
+        per_label = self.kind == "classification"
+        count = shots if per_label else 2 * shots
+        rows = self.rows_of_split(self.train)
+        train, validation = crossfit_sample(rows, seed=data_seed, shots=count, per_label=per_label)
+        if not validation:
+            have = f"the {len(rows)} rows of '{self.train}'"
+            raise IptError(f"{self.where}: {have} are too few for {count} shots and validation rows")
+        return Sample(train, validation, () if test_rows == 0 else drawn_test_rows(self.rows_of_split(self.test), test_rows))
 
     def examples(self, records: Iterable[Record]) -> Iterator[Example]:
         """Turn records into examples, in order, without those that the transform or `keep` leave out."""
@@ -126,15 +137,12 @@ class HubRow:
         paths = [self.options] if isinstance(self.options, str) else self.options
         options = tuple(text for path in paths for text in texts(self._value(record, path, "options")))
         clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
-        # Truncation shortens a field, without a name that before the options, and spares the rest of the template.
-        *others, last = places(self.template) or [""]
-        gives_way = self.truncate or (others[-1] if others and last == "options" else "")
-        head, mark, tail = self.template.partition("{" + gives_way + "}")
+        head, mark, tail = self.template.partition("{" + self.truncate + "}")
         head, tail = self._render(head + mark, record, options), self._render(tail, record, options)
         text, answers = clean(head + tail), self._answers(record, options) if answered else ("",)
         spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
-        choices = tuple(dict.fromkeys(self.verbalizer.values())) or (() if self.pick == "free" else options)
-        return Example(text, answers, choices, spared)
+        words = tuple(dict.fromkeys(self.verbalizer.values()))
+        return Example(text, answers, words or (() if self.pick == "free" else options), spared)
 
     def _render(self, template: str, record: Record, options: Sequence[str]) -> str:
         def text_of(path: str) -> str:
@@ -234,8 +242,10 @@ def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
     needed = {"classification": "verbalizer", "multiple-choice": "options"}.get(kind)
     if needed and not getattr(read, needed):
         raise IptError(f"{where} is of kind {kind}, so it needs field '{needed}'")
+    named = places(read.template, f"{where}: field 'template'")
     read = replace(
         read, kind=kind, pick=read.pick or ("text" if kind == "multiple-choice" else "free"),
+        truncate=read.truncate or (named[-2] if named[1:] and named[-1] == "options" else ""),
         transform=[read.transform] if read.transform and isinstance(read.transform, str) else read.transform,
         verbalizer={texts(label)[0]: word for label, word in read.verbalizer.items()},
         keep={path: list(texts(values)) for path, values in read.keep.items()},
@@ -246,8 +256,7 @@ def read_hub_row(name: str, row: Any, file: Path) -> HubRow:
 
 def _check_row(row: HubRow) -> None:
     """Refuse what contradicts itself or cannot be read."""
-    replaced = [("replace", new) for new in row.replace.values()]
-    for name, template in [("template", row.template), ("option_style", row.option_style), *replaced]:
+    for name, template in [("option_style", row.option_style), *(("replace", new) for new in row.replace.values())]:
         places(template, f"{row.where}: field '{name}'")
     # The first reads pickles, which can hold code; the others write elsewhere, or in many processes.
     if row.dataset == "pandas" or row.reader.keys() & {"cache_dir", "download_config", "num_proc", "storage_options"}:
@@ -272,20 +281,8 @@ def _check_row(row: HubRow) -> None:
 def hub_task(name: str, row: Any, file: Path) -> Task:
     """Return a task whose rows are CrossFit's sample of a data set."""
     read = read_hub_row(name, row, file)
-    about = {key: getattr(read, key) for key in ("kind", "metric", "splits", "category")}
     source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
     return Task(
-        name=name, source=source, draw=partial(draw_hub, read), definition=None if read.is_local else row,
-        words=tuple(dict.fromkeys(read.verbalizer.values())), render=read.render, **about,
+        name=name, kind=read.kind, metric=read.metric, draw=read.draw, source=source, splits=read.splits, category=read.category,
+        definition=None if read.is_local else row, words=tuple(dict.fromkeys(read.verbalizer.values())), render=read.render,
     )  # fmt: skip
-
-
-def draw_hub(row: HubRow, data_seed: int, shots: int, test_rows: int | None) -> Sample:
-    """Draw CrossFit's sample: `shots` per label, or 2 * `shots` in total."""
-    per_label = row.kind == "classification"
-    count = shots if per_label else 2 * shots
-    rows = row.rows_of_split(row.train)
-    train, validation = crossfit_sample(rows, seed=data_seed, shots=count, per_label=per_label)
-    if not validation:
-        raise IptError(f"{row.where}: the {len(rows)} rows of '{row.train}' are too few for {count} shots and validation rows")
-    return Sample(train, validation, () if test_rows == 0 else drawn_test_rows(row.rows_of_split(row.test), test_rows))
