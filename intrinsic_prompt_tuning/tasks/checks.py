@@ -47,8 +47,8 @@ def check(value: Any, hint: Any, where: str) -> None:
     if kind is Literal and value not in inner:
         raise IptError(f"{where} is '{short(value)}'{nearest(value, inner)}; it can be {', '.join(filter(None, inner))}")
     for entry, item in value.items() if kind is dict else enumerate(value, 1) if kind is list else ():
-        if kind is dict and not (inner[0] is Any or isinstance(entry, inner[0])):
-            raise IptError(f"{where}, entry '{short(entry)}': its name must be text (quote it)")
+        if kind is dict:
+            check(entry, inner[0], f"{where}, the name of an entry")
         check(item, inner[-1], f"{where}, entry '{short(entry)}'")
 
 
@@ -94,16 +94,6 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(file: Path) -> Any:
-    """Parse a YAML file, once as long as it stays as it is."""
-    try:
-        return _parse_yaml(file, file.stat().st_mtime_ns)
-    except FileNotFoundError as error:
-        raise IptError(f"there is no file {file}") from error
-    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise IptError(f"{file} is not readable as YAML: {short(error, 400)}") from error
-
-
 @lru_cache(maxsize=4)
 def _parse_yaml(file: Path, modified: int) -> Any:
     with file.open(encoding="utf-8") as stream:
@@ -122,8 +112,13 @@ def _size(value: Any, known: dict[int, int]) -> int:
 
 
 def read_mapping(file: Path, key: str = "") -> dict[str, Any]:
-    """Return the file's top-level mapping, in which `key` is a mapping if one is named."""
-    content = read_yaml(file)
+    """Return a YAML file's top-level mapping, in which `key` is a mapping if one is named; a file that stays is parsed once."""
+    try:
+        content = _parse_yaml(file, file.stat().st_mtime_ns)
+    except FileNotFoundError as error:
+        raise IptError(f"there is no file {file}") from error
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise IptError(f"{file} is not readable as YAML: {short(error, 400)}") from error
     if not isinstance(content, dict) or (key and not isinstance(content.get(key), dict)):
         what = f"a mapping with the key '{key}'" if key else "a mapping"
         raise IptError(f"{file}: expected {what}, got {described(content)}")

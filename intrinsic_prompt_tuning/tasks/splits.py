@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 from intrinsic_prompt_tuning.errors import IptError, nearest
-from intrinsic_prompt_tuning.tasks.checks import check, read_yaml
+from intrinsic_prompt_tuning.tasks.checks import check, read_mapping
 from intrinsic_prompt_tuning.tasks.examples import Role, Task
-
-ROLES: tuple[str, ...] = get_args(Role)
 
 
 def split_tasks(tasks: Mapping[str, Task], name: str) -> dict[str, str]:
@@ -43,18 +40,14 @@ def read_split(file: Path, tasks: Mapping[str, Task]) -> dict[str, str]:
     Raises:
         IptError: it is no such file, a task is unknown, or a task stands under two roles.
     """
-    content = read_yaml(file)
-    if not isinstance(content, dict) or not any(content.values()):
-        raise IptError(f"{file}: expected lists of tasks under {', '.join(ROLES)}")
+    check(content := read_mapping(file), dict[Role, list[str]], f"{file}")
     split: dict[str, str] = {}
-    for role, names in content.items():
-        if role not in ROLES:
-            raise IptError(f"{file}: '{role}' is no role in a split{nearest(str(role), ROLES)}; expected {', '.join(ROLES)}")
-        check(names, list[str], f"{file}: '{role}'")
-        for name in names:
-            if name not in tasks:
-                raise IptError(f"{file}: there is no task '{name}'{nearest(name, tasks)}; 'ipt tasks' lists them")
-            if name in split:
-                raise IptError(f"{file}: task '{name}' stands twice, under {split[name]} and {role}: remove one")
-            split[name] = role
+    for role, name in ((role, name) for role, names in content.items() for name in names):
+        if name not in tasks:
+            raise IptError(f"{file}: there is no task '{name}'{nearest(name, tasks)}; 'ipt tasks' lists them")
+        if name in split:
+            raise IptError(f"{file}: task '{name}' stands twice, under {split[name]} and {role}: remove one")
+        split[name] = role
+    if not split:
+        raise IptError(f"{file} names no task: expected lists such as {{seen: [glue-sst2, anli], unseen: [piqa]}}")
     return split
