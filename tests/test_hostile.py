@@ -18,7 +18,6 @@ from conftest import TASKS_FILE
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import Example, Sample, Task, find_few_shot_tasks, kept, load_tasks, split_tasks
-from intrinsic_prompt_tuning.tasks.examples import check_names
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 
@@ -202,31 +201,6 @@ def test_aliases_of_an_honest_file_are_read(tmp_path: Path) -> None:
     row = "dataset: d, template: '{a}', answer: b, metric: ACC"
     tasks = load(tmp_path, f"tasks:\n  one: {{{row}, {words}}}\n  two: {{{row}, verbalizer: *words}}\n")
     assert tasks["one"].words == tasks["two"].words == ("no", "yes")
-
-
-# --- Names ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["../up", "a/b", "a\\b", "..", "a\0b", "a" * 300, "名" * 34, "a\nb", "e\u0301", "\u202ename", "\ud800"]
-)
-def test_what_could_leave_a_folder_or_not_be_a_file_is_no_name_of_a_task(tmp_path: Path, name: str) -> None:
-    with pytest.raises(IptError, match=r"here: .* cannot be a task's name"):
-        check_names(["good", name], Path("here"))
-
-
-@pytest.mark.parametrize("name", ["MOOD-good", "\uff4dood-good", "moo\ufb01", "\u017f", "\u212a"])
-def test_names_that_a_file_system_may_take_for_one_are_refused(name: str) -> None:
-    with pytest.raises(IptError, match="differ by case only, or by what file systems may fold"):
-        check_names(["mood-good", "moofi", "s", "k", name], Path("here"))
-
-
-def test_the_longest_name_makes_a_file_everywhere(tmp_path: Path) -> None:
-    name = "名" * 33
-    check_names([name], tmp_path)
-    rows = (Example("i", ("a",)),)
-    own = Task(name=name, kind="free-form", metric="EM", source="", definition=1, draw=lambda *_: Sample(rows, rows, rows))
-    assert kept(own, tmp_path).sample(2**32 - 1, 10_000, 1).train == rows
 
 
 # --- Templates -----------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from conftest import TASKS_FILE
 
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.tasks import TASKS_FILE as SHIPPED
-from intrinsic_prompt_tuning.tasks import Example, Sample, Task, load_tasks, load_worlds, rows_digest
+from intrinsic_prompt_tuning.tasks import Example, Sample, Task, kept, load_tasks, load_worlds, rows_digest
+from intrinsic_prompt_tuning.tasks.examples import check_names
 
 
 def test_the_nearest_names_are_offered_and_nothing_when_none_is_near() -> None:
@@ -134,32 +135,13 @@ def test_a_file_nested_too_deeply_and_a_value_too_long_to_show_are_refused_in_on
 # --- Names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "con",
-        "NUL",
-        "Aux",
-        "prn",
-        "com1",
-        "lpt9",
-        "nul.x",
-        "com1.a.b",
-        ".",
-        "..",
-        ".hidden",
-        "''",
-        "'a b'",
-        "a/b",
-        "a*",
-        "12",
-        "null",
-        "a" * 101,
-    ],
-)
-def test_a_name_that_cannot_name_a_folder_everywhere_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(IptError, match=r"own\.yaml: '.*' cannot be a task's name: expected at most 100 letters"):
-        load(tmp_path, TASKS_FILE.replace("  animal-class:", f"  {name}:"))
+@pytest.mark.parametrize("name", [
+    "con", "NUL", "Aux", "prn", "com1", "lpt9", "nul.x", "com1.a.b", ".", "..", ".hidden", "../up", "", "a b", "a/b", "a\\b", "a*", "a\nb", "a\0b",
+    "e\u0301", "\u202ename", "\ud800", "a" * 101, "名" * 34, 12, None,
+])  # fmt: skip
+def test_a_name_that_cannot_name_a_folder_everywhere_is_refused(name: object) -> None:
+    with pytest.raises(IptError, match="here: .* cannot be a task's name: expected at most 100 letters"):
+        check_names(["good", name], Path("here"))
 
 
 def test_a_name_may_be_100_long_hold_dots_and_begin_like_a_reserved_one(tmp_path: Path) -> None:
@@ -168,9 +150,20 @@ def test_a_name_may_be_100_long_hold_dots_and_begin_like_a_reserved_one(tmp_path
     assert list(load(tmp_path, TASKS_FILE + text))[-len(names) :] == names
 
 
-def test_names_that_differ_by_case_only_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(IptError, match=r"own\.yaml: the tasks 'mood-good' and 'Mood-GOOD' differ by case only.*rename one"):
-        load(tmp_path, TASKS_FILE.replace("  day-then-count:", "  Mood-GOOD:"))
+@pytest.mark.parametrize("name", ["MOOD-good", "\uff4dood-good", "moo\ufb01", "\u017f", "\u212a"])
+def test_names_that_a_file_system_may_take_for_one_are_refused(name: str) -> None:
+    with pytest.raises(
+        IptError, match="here: the tasks '.*' and '.*' differ by case only, or by what file systems may fold: rename one"
+    ):
+        check_names(["mood-good", "moofi", "s", "k", name], Path("here"))
+
+
+def test_the_longest_name_makes_a_file_everywhere(tmp_path: Path) -> None:
+    name = "名" * 33
+    check_names([name], tmp_path)
+    rows = (Example("i", ("a",)),)
+    own = Task(name=name, kind="free-form", metric="EM", source="", definition=1, draw=lambda *_: Sample(rows, rows, rows))
+    assert kept(own, tmp_path).sample(2**32 - 1, 10_000, 1).train == rows
 
 
 # --- Samples -------------------------------------------------------------------------------------
