@@ -13,6 +13,7 @@ import pytest
 from conftest import TASKS_FILE as SMALL
 from conftest import files_in
 
+from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.reporter import Reporter
@@ -170,18 +171,23 @@ def test_broken_lines_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [
-    '{"input": "i"}', '{"output": "o"}', "{", "[]", "null", "NaN", '"text"', "5", '["input", "output"]', "[" * 100_000,
-    '{"input": NaN, "output": "o"}', '{"input": 5, "output": "o"}', '{"input": null, "output": "o"}',
-    '{"input": "i", "output": 5}', '{"input": "i", "output": ["o"]}', '{"input": "i", "output": "o", "options": "yes no"}',
-    '{"input": "i", "output": "o", "options": [1, 2]}', '{"input": "i", "output": "o", "options": {"o": 1}}',
-    '{"input": "i", "output": "o", "answers": "o"}', '{"input": "i", "output": "o", "tail": "x"}',
+    b'{"input": "i"}', b'{"output": "o"}', b"{", b"[]", b"null", b"NaN", b'"text"', b"5", b'["input", "output"]', b"[" * 100_000, b"\0",
+    b'{"input": NaN, "output": "o"}', b'{"input": 5, "output": "o"}', b'{"input": null, "output": "o"}', b'{"input": "\\ud800", "output": "o"}',
+    b'{"input": "i", "output": 5}', b'{"input": "i", "output": ["o"]}', b'{"input": "i", "output": Infinity}', b'{"input": "i", "output": "\\udfff"}',
+    b'{"input": "i", "output": ' + b"1" * 5000 + b"}", b'{"input": "i"}\r{"output": "o"}', b'{"input": "i", "output": "o"} {"input": "i", "output": "o"}',
+    b'{"input": "i", "output": "o", "options": "yes no"}', b'{"input": "i", "output": "o", "options": [1, 2]}',
+    b'{"input": "i", "output": "o", "options": {"o": 1}}', b'{"input": "i", "output": "o", "options": [["o"]]}',
+    b'{"input": "i", "output": "o", "options": ["\\ud800", "o"]}', b'{"input": "i", "output": "o", "answers": "o"}',
+    b'{"input": "i", "output": "o", "answers": {"o": 1}}', b'{"input": "i", "output": "o", "tail": "x"}',
+    b'{"input": "i", "output": "o", "tail": 1e999}', b'\xef\xbb\xbf{"input": "i", "output": "o"}',
 ])  # fmt: skip
-def test_a_line_that_is_no_row_is_refused_with_file_and_line(tmp_path: Path, line: str) -> None:
-    good = '{"input": "i", "output": "o", "options": ["o", "p"]}\n'
-    write_files(tmp_path, "boolq", good + line + "\n" + good, suffix="jsonl")
+def test_a_line_that_is_no_row_is_refused_with_file_and_line(tmp_path: Path, line: bytes) -> None:
+    good = b'{"input": "i", "output": "o", "options": ["o", "p"]}\n'
+    write_files(tmp_path, "boolq", "", suffix="jsonl")
+    (tmp_path / "boolq" / "boolq_16_13_train.jsonl").write_bytes(good + line + b"\n" + good)
     with pytest.raises(IptError, match=r"boolq_16_13_train\.jsonl, line 2: expected ") as caught:
         found(tmp_path, "boolq").sample(13, 16, 0)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 def test_a_line_that_is_no_row_is_refused_in_a_task_that_nobody_knows_too(tmp_path: Path) -> None:
@@ -190,13 +196,27 @@ def test_a_line_that_is_no_row_is_refused_in_a_task_that_nobody_knows_too(tmp_pa
         find_few_shot_tasks(tmp_path, TASKS)
 
 
+@pytest.mark.parametrize("content", [
+    b"caf\xe9\tWorld\n", "\ufeff\ufeffi\to\n".encode("utf-16"), b"\x80", b"\xc3(\to\n", b"\xed\xa0\x80\to\n", b"\xff\xfe",
+])  # fmt: skip
 @pytest.mark.parametrize("suffix", ["tsv", "jsonl"])
-def test_bytes_that_are_no_text_are_refused_by_file(tmp_path: Path, suffix: str) -> None:
+def test_bytes_that_are_no_text_are_refused_by_file(tmp_path: Path, suffix: str, content: bytes) -> None:
     write_files(tmp_path, "ag_news", "PART\tWorld\n", suffix=suffix)
-    (tmp_path / "ag_news" / f"ag_news_16_13_train.{suffix}").write_bytes(b"caf\xe9\tWorld\n")
+    (tmp_path / "ag_news" / f"ag_news_16_13_train.{suffix}").write_bytes(content)
     with pytest.raises(IptError, match=rf"ag_news_16_13_train\.{suffix} cannot be read: 'utf-8' codec can't decode") as caught:
         found(tmp_path, "ag_news").sample(13, 16, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["i\0\x01\x7f\u202e", "i" * 3_000_000, "\u200b", "=cmd|' /C calc'!A0"], ids=["controls", "long", "nothing", "formula"]
+)
+def test_odd_text_is_a_row_as_it_stands(tmp_path: Path, t5: Backbone, text: str) -> None:
+    write_files(tmp_path, "new", f"{text}\tyes\n")
+    sample = found(tmp_path, "new").sample(13, 16, None)
+    assert sample.train == (Example(text, ("yes",)),)
+    (row,) = t5.encode(sample.train, prompt_length=3)
+    assert len(row.input_ids) <= t5.max_length
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -479,14 +479,6 @@ def test_what_is_no_row_at_all_is_refused(row: Any) -> None:
         hub_task("x", row, Path("f.yaml"))
 
 
-def test_a_template_reaches_columns_of_the_data_and_nothing_of_the_program(tmp_path: Path) -> None:
-    for template in ("{text.__class__}", "{text[0]}", "{0}", "{__class__.__mro__}"):
-        with pytest.raises(
-            IptError, match=r"task 'mine': template names '.*', which the data lacks; its columns are text, label"
-        ):
-            local_task(tmp_path, template=template).sample(42, 1, None)
-
-
 # --- Fields of a row, one by one -----------------------------------------------------------------
 
 
