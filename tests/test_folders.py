@@ -294,25 +294,6 @@ def test_a_sample_is_drawn_once_and_read_back_exactly(tmp_path: Path) -> None:
     assert calls == [(13, 16, 5)]
 
 
-def test_the_second_draw_needs_nothing_of_the_first(tmp_path: Path) -> None:
-    def fail(*_: Any) -> Sample:
-        raise IptError("no network")
-
-    task = counting([])
-    sample = kept(task, tmp_path).sample(13, 16, 5)
-    assert kept(dataclasses.replace(task, draw=fail), tmp_path).sample(13, 16, 5) == sample
-    with pytest.raises(IptError, match="no network"):
-        kept(dataclasses.replace(task, draw=fail), tmp_path).sample(21, 16, 5)
-
-
-def test_a_draw_that_failed_or_was_stopped_is_done_again(tmp_path: Path) -> None:
-    calls: list[tuple[Any, ...]] = []
-    kept(counting(calls), tmp_path).sample(13, 16, 5)
-    next(tmp_path.rglob("*_test.jsonl")).unlink()  # written last, so a stopped command leaves none
-    assert kept(counting(calls), tmp_path).sample(13, 16, 5) == counting([]).sample(13, 16, 5)
-    assert len(calls) == 2
-
-
 def test_every_seed_number_of_shots_and_of_test_rows_is_kept_by_itself(tmp_path: Path) -> None:
     calls: list[tuple[Any, ...]] = []
     wanted = [(seed, shots, rows) for seed in (13, 21) for shots in (4, 8) for rows in (0, 5, None)]
@@ -348,12 +329,6 @@ def test_another_word_in_a_world_gives_other_rows_at_once(tmp_path: Path) -> Non
         texts.append(sample.train[0].input)
     assert "sees" in texts[0] and "hears" in texts[1] and texts[2] == texts[0]
     assert len(list((tmp_path / "kept").iterdir())) == 2
-
-
-def test_every_task_of_the_small_world_comes_back_from_what_is_kept(tasks: dict[str, Task], tmp_path: Path) -> None:
-    for task in tasks.values():
-        sample = task.sample(13, 4, 10)
-        assert [kept(task, tmp_path).sample(13, 4, 10) for _ in range(2)] == [sample, sample]
 
 
 def test_all_that_ships_and_is_defined_can_be_kept(tmp_path: Path) -> None:

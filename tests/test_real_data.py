@@ -208,13 +208,6 @@ def test_a_data_seed_that_the_folder_lacks_is_named_with_those_it_has(done: tupl
     assert "glue-sst2" in result.err and "data seed 5" in result.err and "13, 21, 42, 100" in result.err
 
 
-def test_a_folder_without_tasks_is_refused(tmp_path: Path, folder: Path) -> None:
-    result = run_ipt("collect", "--backbone", folder, "--data", tmp_path, "--cache", tmp_path / "cache")
-    assert result.code == 1
-    assert result.err.splitlines()[-1].startswith(f"error: {tmp_path} holds no task; expected files such as")
-    assert not (tmp_path / "cache").exists()
-
-
 def test_generation_answers_everything_when_asked_to(done: tuple[Path, Callable[..., Result], Result]) -> None:
     """An untrained backbone hardly ever writes a label, but the most likely of two labels is right now and then."""
     result = done[1]("collect", "--steps", 2, "--task", "glue-sst2", "--decoding", "generate")
