@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tokenizers
 import torch
@@ -24,6 +25,10 @@ from intrinsic_prompt_tuning.tasks import Task, World, load_tasks, load_worlds
 from intrinsic_prompt_tuning.tasks.worlds import OPTION_MARK
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "ipt", deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.load_profile("ipt")
 
 # Every axis has a size of its own: 4 moods, 6 animals, 7 counts, 5 things, 3 days; prompts of 3; widths of 16 and 20.
 TASKS_FILE = """
@@ -64,6 +69,14 @@ PROMPT_LENGTH = 3
 def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("tasks") / "tasks.yaml"
     file.write_text(TASKS_FILE, encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def impossible(tmp_path: Path) -> Path:
+    """Return a tasks file in which nobody can draw the rows of the seen task animal-class."""
+    file = tmp_path / "impossible.yaml"
+    file.write_text(TASKS_FILE.replace("question: animal class,", "question: mood good and mood bad,"), encoding="utf-8")
     return file
 
 

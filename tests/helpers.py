@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ipt
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.spaces import Space, untrained_space
-from intrinsic_prompt_tuning.tasks import Example, Task
+from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task
+from intrinsic_prompt_tuning.tasks.checks import read_mapping
+from intrinsic_prompt_tuning.tasks.hub import HubRow, read_hub_row
 from intrinsic_prompt_tuning.tuning import Job
+
+REAL = Path(os.environ.get("IPT_CROSSFIT", Path(ipt.__file__).resolve().parent.parent / "shared" / "crossfit"))
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real few-shot files in {REAL}; set IPT_CROSSFIT")
+
+
+@cache
+def hub_rows() -> dict[str, HubRow]:
+    """Return the rows of tasks.yaml that are of data sets."""
+    rows = read_mapping(TASKS_FILE, "tasks")["tasks"]
+    return {name: read_hub_row(name, row, TASKS_FILE) for name, row in rows.items() if "world" not in row}
 
 
 class Listener(Reporter):

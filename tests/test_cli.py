@@ -600,29 +600,6 @@ def interrupted_collection(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return states
 
 
-def test_another_command_between_interruption_and_resumption_loses_nothing(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
-) -> None:
-    before = {path: path.read_bytes() for path in interrupted_collection(cli, tmp_path, monkeypatch)}
-    assert_done(cli("collect", *SHORT, "--slots", 3, "--task", "even-or-good", "--data-seed", 13))
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_a_damaged_state_costs_only_itself(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, bytes]
-) -> None:
-    damaged, *others = interrupted_collection(cli, tmp_path, monkeypatch)
-    damaged.write_bytes(b"half")
-    assert [float(read_file(path)[2]["step"]) for path in others] == [4, 4]
-    steps = counted_steps(monkeypatch)
-    assert_done(cli("collect", *SHORT, "--slots", 3))
-    undo(monkeypatch, tmp_path)
-    # The others end in 2 steps, and their slots go to the next two, which end in 6, and so on to the seventh.
-    assert len(steps) == 2 + 6 + 6
-    assert files_in(tmp_path / "cache").keys() == uninterrupted.keys()
-    assert_same_tensors(files_in(tmp_path / "cache"), uninterrupted)
-
-
 def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with every step of all slots."""
     steps: list[int] = []
@@ -1204,51 +1181,39 @@ def test_a_cache_that_cannot_be_written_is_named(cli: Cli, tmp_path: Path) -> No
     assert_one_error(result, "cannot write", "--cache")
 
 
-@pytest.fixture
-def impossible(tmp_path: Path) -> tuple[str, Path]:
-    """Return options for a tasks file in which nobody can draw the rows of the seen task animal-class."""
-    file = tmp_path / "own.yaml"
-    file.write_text(TASKS_FILE.replace("question: animal class,", "question: mood good and mood bad,"), encoding="utf-8")
-    return "--tasks-file", file
-
-
 def test_tasks_whose_rows_cannot_be_had_are_told_before_any_work_and_the_others_done_when_asked(
-    cli: Cli, cache_folder: Path, impossible: tuple[str, Path]
+    cli: Cli, cache_folder: Path, impossible: Path
 ) -> None:
     cannot = ("1 tasks cannot be had, leave them out with --skip-missing", "mood good and mood bad")
     for command in ("collect", "run"):
-        assert_one_error(cli(command, *impossible, *SHORT, *(DIMS if command == "run" else ())), *cannot)
+        assert_one_error(cli(command, "--tasks-file", impossible, *SHORT, *(DIMS if command == "run" else ())), *cannot)
     assert not list(cache_folder.rglob("*.safetensors"))
-    result = cli("collect", *impossible, *SHORT, "--skip-missing")
+    result = cli("collect", "--tasks-file", impossible, *SHORT, "--skip-missing")
     assert_one_error(result, "1 were left out", "mood good and mood bad")
     assert result.err.count("left out: ") == 2
     assert len(list(cache_folder.glob("*/soft-prompts/*"))) == 6
 
 
 def test_fitting_with_a_task_whose_rows_cannot_be_had_is_refused_and_done_without_it_when_asked(
-    cli: Cli, cache_folder: Path, impossible: tuple[str, Path]
+    cli: Cli, cache_folder: Path, impossible: Path
 ) -> None:
     assert_done(cli("collect", *SHORT))
-    fit = ("fit-subspace", *impossible, "--dim", 3, "--subspace-steps", 2)
+    fit = ("fit-subspace", "--tasks-file", impossible, "--dim", 3, "--subspace-steps", 2)
     assert_one_error(cli(*fit), "1 tasks cannot be had, leave them out with --skip-missing", "mood good and mood bad")
     assert not list(cache_folder.glob("*/subspaces/*"))
     result = cli(*fit, "--skip-missing")
     assert_one_error(result, "1 were left out: .*mood good and mood bad")
     (path,) = cache_folder.glob("*/subspaces/*")
     assert sorted(read_header(path)["prompts"]) == ["count-next", "mood-good", "mood-opposite-choice", "thing-plural"]
-    result = cli("eval", *impossible, "--skip-missing")
+    result = cli("eval", "--tasks-file", impossible, "--skip-missing")
     assert_one_error(result, "1 were left out: .*mood good and mood bad")
     assert re.search(r"^T_train\(MSF\) +subspace +3 +3 ", result.out, re.MULTILINE)
 
 
-def test_a_whole_run_does_without_tasks_that_cannot_be_had_when_asked(cli: Cli, impossible: tuple[str, Path]) -> None:
-    result = cli("run", *impossible, *SHORT, "--dim", 3, "--subspace-steps", 2, "--skip-missing")
+def test_a_whole_run_does_without_tasks_that_cannot_be_had_when_asked(cli: Cli, impossible: Path) -> None:
+    result = cli("run", "--tasks-file", impossible, *SHORT, "--dim", 3, "--subspace-steps", 2, "--skip-missing")
     assert_one_error(result, "1 were left out: .*mood good and mood bad")
     assert re.search(r"^seen tasks +4 ", result.out, re.MULTILINE)
-
-
-def test_a_dry_run_of_one_task_asks_for_no_others(cli: Cli, impossible: tuple[str, Path]) -> None:
-    assert_done(cli("collect", *impossible, *SHORT, "--task", "mood-good", "--dry-run"))
 
 
 def test_the_dimensions_needed_stand_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import string
 import subprocess
@@ -17,22 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import verify_crossfit
-import yaml
+from helpers import REAL, hub_rows, needs_real_data
 from verify_crossfit import crossfit_tsv, published, verify_task, verify_tasks
 
-import ipt
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS, TASKS_FILE, Example, Sample, Task, find_few_shot_tasks, load_tasks
 from intrinsic_prompt_tuning.tasks.crossfit import crossfit_sample, drawn_test_rows
-from intrinsic_prompt_tuning.tasks.hub import read_hub_row
 
 TASKS = load_tasks(TASKS_FILE)
-HUB = {
-    name: read_hub_row(name, row, TASKS_FILE)
-    for name, row in yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))["tasks"].items()
-    if "template" in row
-}
-REAL = Path(os.environ.get("IPT_CROSSFIT", Path(ipt.__file__).resolve().parent.parent / "shared" / "crossfit"))
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real few-shot files in {REAL}; set IPT_CROSSFIT")
+HUB = hub_rows()
 
 # --- The sampler ---------------------------------------------------------------------------------
 

@@ -509,13 +509,6 @@ def test_a_start_like_the_seen_tasks_is_the_same_in_a_subspace_that_was_describe
 # --- Rows ----------------------------------------------------------------------------------------
 
 
-def impossible(folder: Path) -> Path:
-    """Return a tasks file in which nobody can draw the rows of animal-class."""
-    file = folder / "impossible.yaml"
-    file.write_text(TASKS_FILE.replace("question: animal class,", "question: mood good and mood bad,"), encoding="utf-8")
-    return file
-
-
 def test_a_hub_that_does_not_answer_is_asked_once_unless_tasks_may_be_left_out(build: Build) -> None:
     asked: list[str] = []
 
@@ -546,12 +539,12 @@ def test_words_that_the_backbone_does_not_know_are_said(build: Build, tmp_path: 
     assert not told(known)
 
 
-def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out(build: Build, tmp_path: Path) -> None:
-    x = build(tasks_file=impossible(tmp_path))
+def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out(build: Build, impossible: Path) -> None:
+    x = build(tasks_file=impossible)
     with pytest.raises(IptError, match=r"1 tasks cannot be had, leave them out with --skip-missing: .*mood good and mood bad"):
         x.with_rows(x.named("seen"), 100)
     x.finish()
-    x = build(tasks_file=impossible(tmp_path), skip_missing=True)
+    x = build(tasks_file=impossible, skip_missing=True)
     assert x.with_rows(x.named("seen"), 100) == [task for task in x.roles if x.roles[task] == "seen" and task != "animal-class"]
     assert "animal-class" not in x.named("seen")
     assert [sentence.startswith("left out: ") for sentence in told(x)] == [True]
@@ -559,9 +552,9 @@ def test_rows_that_cannot_be_had_are_refused_before_anything_is_made_or_left_out
         x.finish()
 
 
-def test_a_plan_asks_for_no_rows_but_those_it_is_about(build: Build, tmp_path: Path) -> None:
+def test_a_plan_asks_for_no_rows_but_those_it_is_about(build: Build, impossible: Path) -> None:
     """On a split of Hub tasks, a dry run of one task may not download others, nor fail for them."""
-    x = build(tasks_file=impossible(tmp_path))
+    x = build(tasks_file=impossible)
     x.make(x.soft_prompts(["mood-good"], 21)["mood-good"], dry_run=True)
     assert "by steps just measured" in told(x)[0]
     assert [path.name for path in x.cache.glob("samples/*/*/*train*")] == ["mood-good_4_21_train.jsonl"]

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from conftest import TASKS_FILE as SMALL
 from conftest import files_in
+from helpers import Listener
 
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Sample, Task, find_few_shot_tasks, find_tasks, kept, load_tasks
 from intrinsic_prompt_tuning.tasks.hub import hub_task
 
@@ -140,16 +140,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 def test_what_a_folder_lacks_of_the_split_is_said(tmp_path: Path) -> None:
-    class Told(Reporter):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    said = list[str]()
     write_files(tmp_path, "ag_news", "PART\tWorld\n")
     (split := tmp_path / "mine.yaml").write_text("{seen: [ag_news], unseen: []}", encoding="utf-8")
-    assert [*Context({"data": tmp_path, "split": str(split)}, Told()).roles] == ["ag_news"] and not said
-    Context({"data": tmp_path}, Told())
-    assert re.fullmatch(rf"{re.escape(str(tmp_path))} lacks 119 of the split's 120 tasks: (\S+, ){{4}}\S+ \.\.\.", *said)
+    report = Listener()
+    assert [*Context({"data": tmp_path, "split": str(split)}, report).roles] == ["ag_news"] and not report.sentences
+    Context({"data": tmp_path}, report)
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path))} lacks 119 of the split's 120 tasks: (\S+, ){{4}}\S+ \.\.\.", *report.sentences
+    )
 
 
 # --- Hostile files -------------------------------------------------------------------------------

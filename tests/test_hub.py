@@ -14,15 +14,15 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from helpers import hub_rows
 
 from intrinsic_prompt_tuning.errors import IptError, UnreachableError
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, hub, load_tasks
-from intrinsic_prompt_tuning.tasks.checks import places
+from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
 from intrinsic_prompt_tuning.tasks.hub import hub_task, read_hub_row
 from intrinsic_prompt_tuning.tasks.records import CLEANERS, TRANSFORMS
 
-SHIPPED = yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
-HUB = {name: read_hub_row(name, row, TASKS_FILE) for name, row in SHIPPED["tasks"].items() if "template" in row}
+SHIPPED, HUB = read_mapping(TASKS_FILE, "tasks"), hub_rows()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intrinsic_prompt_tuning.backbone import Backbone
@@ -27,9 +27,6 @@ from intrinsic_prompt_tuning.tasks import Example, Task, find_few_shot_tasks, lo
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.tasks.splits import read_split
 from intrinsic_prompt_tuning.tuning import minibatch
-
-settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.load_profile("ipt")
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -8,7 +8,6 @@ computed right.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +20,14 @@ import tokenizers
 import torch
 import transformers
 from conftest import Result, files_in, run_ipt, spread
+from helpers import REAL, needs_real_data
 
-import ipt
 from intrinsic_prompt_tuning.backbone import load_backbone
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks, split_tasks
 from intrinsic_prompt_tuning.tasks.crossfit import drawn_test_rows
 
-FOLDER = Path(os.environ.get("IPT_CROSSFIT", Path(ipt.__file__).resolve().parent.parent / "shared" / "crossfit"))
-pytestmark = [pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no real few-shot files in {FOLDER}; set IPT_CROSSFIT")]
+pytestmark = [needs_real_data]
 
 SEEN = {
     "glue-sst2": "classification",
@@ -48,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a gym folder of the chosen tasks alone."""
     folder = tmp_path_factory.mktemp("gym")
     for name in KINDS:
-        (folder / name).symlink_to(FOLDER / name, target_is_directory=True)
+        (folder / name).symlink_to(REAL / name, target_is_directory=True)
     return folder
 
 
@@ -130,7 +128,7 @@ def test_the_rows_are_those_of_the_files(data: Path) -> None:
     for name, kind in KINDS.items():
         sample = tasks[name].sample(21, 16, TEST_ROWS)
         for part, rows in (("16_21_train", sample.train), ("16_21_dev", sample.validation), ("test", sample.test)):
-            lines = (FOLDER / name / f"{name}_{part}.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (REAL / name / f"{name}_{part}.jsonl").read_text(encoding="utf-8").splitlines()
             expected = [(row["input"], row["output"], tuple(row["options"])) for row in map(json.loads, lines)]
             expected = list(drawn_test_rows(expected, TEST_ROWS)) if part == "test" else expected
             assert [(row.input, row.answers[0], row.options) for row in rows] == expected

@@ -14,15 +14,13 @@ from typing import Any
 
 import pytest
 from conftest import Result, run_ipt
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import Example, Task, few_shot_files, find_table_tasks
 
 Cli = Callable[..., Result]
-settings.register_profile("ipt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.load_profile("ipt")
 
 
 def write(path: Path, text: str) -> Path:

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, run_ipt
+from helpers import hub_rows
 
 import ipt
 from intrinsic_prompt_tuning.backbone import Answer, Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file, write_file
-from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, load_tasks
-from intrinsic_prompt_tuning.tasks.checks import places, read_mapping
+from intrinsic_prompt_tuning.tasks import Example, load_tasks
+from intrinsic_prompt_tuning.tasks.checks import places
 from intrinsic_prompt_tuning.tasks.folders import parse_input
-from intrinsic_prompt_tuning.tasks.hub import read_hub_row
 from intrinsic_prompt_tuning.using import _prediction
 
 Cli = Callable[..., Result]
@@ -249,11 +249,7 @@ def test_the_probabilities_of_options_add_up_to_one_though_the_data_repeat_one()
 
 def test_every_template_that_ships_renders_a_record_without_its_answer() -> None:
     """The rows of tasks.yaml, on records of the columns that their templates and options name."""
-    shipped = [
-        read_hub_row(name, row, TASKS_FILE)
-        for name, row in read_mapping(TASKS_FILE, "tasks")["tasks"].items()
-        if "world" not in row
-    ]
+    shipped = hub_rows().values()
     assert len(shipped) == 147
     for row in shipped:
         paths = {*places(row.template), *([row.options] if isinstance(row.options, str) else row.options), row.option_labels}
