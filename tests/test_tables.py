@@ -141,6 +141,8 @@ def test_columns_can_be_named_and_two_readings_are_asked_about(tmp_path: Path) -
         find_table_tasks(path, {})
     assert rows_of(path, columns="review,output")[0] == Example("r0", ("o0",))
     assert rows_of(path, columns="review,label,choices")[0] == Example("r0", ("l0",), ("l0", "x"))
+    spaced = write(tmp_path / "u.csv", path.read_text(encoding="utf-8").replace(",", ", "))
+    assert rows_of(spaced, columns="review,output") == rows_of(path, columns="review, output")
     for said in ("review,label,choices,text", "review,stars"):
         with pytest.raises(
             IptError, match=rf"--columns is '{said}', expected at most 3 of the columns of .*t\.csv, line 2: review, text"

@@ -127,7 +127,7 @@ def _columns(where: str, record: Record, said: str) -> list[str]:
     inputs, answers, options = ([name for name in record if name.strip().lower() in names] for names in COLUMNS)
     readings = [[*pair, *options] for pair in itertools.product(inputs, answers)] + [["messages"]] * ("messages" in record)
     if said:
-        readings = [said.split(",")]
+        readings = [[name.strip() for name in said.split(",")]]
         if not record.keys() >= set(readings[0]) or len(readings[0]) > len(COLUMNS):
             known = short(", ".join(record), 200)
             raise IptError(f"--columns is '{said}', expected at most {len(COLUMNS)} of the columns of {where}: {known}")
@@ -178,8 +178,10 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             source = itertools.chain([head], lines())
             separator = "\t" if kind == ".tsv" else max(",;\t", key=head.count)
             table = csv.DictReader(source, delimiter=separator, strict=True)
-            if kind != ".jsonl" and len(heads := [*filter(None, table.fieldnames or ())]) > len({*heads}):
-                raise ValueError("two columns have one name")
+            if kind != ".jsonl":
+                table.fieldnames = heads = [name.strip() for name in table.fieldnames or ()]
+                if any(heads.count(name) > 1 for name in heads if name):
+                    raise ValueError("two columns have one name")
             for record in map(json.loads, filter(str.strip, source)) if kind == ".jsonl" else table:
                 json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be written
                 if not isinstance(record, dict) or None in record:  # DictReader puts what is too much there
