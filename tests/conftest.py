@@ -199,6 +199,15 @@ def run_ipt(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+Cli = Callable[..., Result]
+SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
+
+
+def commands(*options: object) -> Cli:
+    """Return a way to run commands with these options."""
+    return lambda command, *arguments: run_ipt(command, *options, *arguments)
+
+
 @pytest.fixture(scope="session")
 def shared_options(t5_folder: Path, tasks_file: Path) -> list[object]:
     """Options that every command takes, for the tiny T5 and the small world."""
@@ -209,10 +218,10 @@ def shared_options(t5_folder: Path, tasks_file: Path) -> list[object]:
 
 
 @pytest.fixture
-def cli(shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def cli(shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Return a way to run a command with the shared options, its cache in the test's own folder."""
     monkeypatch.setenv("IPT_CACHE", str(tmp_path / "cache"))
-    return lambda command, *arguments: run_ipt(command, *shared_options, *arguments)
+    return commands(*shared_options)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

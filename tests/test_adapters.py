@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import Result, run_ipt
+from conftest import SHORT, Result, run_ipt
 from test_causal import THINKING, plain_logits, save_model
 
 from intrinsic_prompt_tuning.adapters import CONFIG, WEIGHTS
@@ -29,7 +29,6 @@ from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.passes import FEW
 from intrinsic_prompt_tuning.tasks import Example, World
 
-SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
 TASK = "count-next"
 
 

@@ -22,7 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 import typer
-from conftest import TASKS_FILE, Result, files_in, run_ipt
+from conftest import SHORT, TASKS_FILE, Cli, Result, commands, files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
@@ -35,9 +35,7 @@ from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS
 from intrinsic_prompt_tuning.tasks import Task
 from intrinsic_prompt_tuning.tuning import TuneConfig
 
-Cli = Callable[..., Result]
 DIMS = ("--dim", 6, "--dim", 4)
-SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
 COMMANDS = tuple(str(command.name) for command in ipt.app.registered_commands)
 PACE = 3.0
 """Seconds that a help text may take here, six times the promise: other work may fill the machine."""
@@ -87,9 +85,7 @@ def row_names(report: dict[str, Any]) -> set[tuple[Any, ...]]:
 def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli]:
     """Return a cache in which all stages were done, and a way to run further commands on it."""
     cache = tmp_path_factory.mktemp("finished")
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", cache, *arguments)
+    cli = commands(*shared_options, "--cache", cache)
 
     assert_done(cli("collect", *SHORT, "--learning-rate", 0.1, "--learning-rate", 0.3))
     assert_done(cli("fit-subspace", *DIMS, "--subspace-steps", 5))
@@ -332,9 +328,7 @@ def test_asking_for_the_unseen_tasks_of_a_split_without_any_is_refused(cli: Cli,
 def twice(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli, dict[bool, str]]:
     """Return a cache with two subspaces of one dim, learned with the tasks' loss and without, and their names."""
     cache = tmp_path_factory.mktemp("twice")
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", cache, *arguments)
+    cli = commands(*shared_options, "--cache", cache)
 
     assert_done(cli("collect", *SHORT))
     assert_done(cli("fit-subspace", "--dim", 6, "--subspace-steps", 5))

@@ -6,16 +6,15 @@ import contextlib
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Result, files_in
+from conftest import Cli, Result, files_in
 
 import ipt
 from intrinsic_prompt_tuning.files import write_bytes
 
-Cli = Callable[..., Result]
 SHORT = ("--steps", 4, "--evaluations", 2, "--batch-size", 2)
 
 
@@ -121,7 +120,7 @@ def test_a_cache_that_can_only_be_read_gives_its_table_and_takes_nothing_new(cli
 
 
 @pytest.fixture
-def vanishing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def vanishing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Return a way to run a command whose cache is removed at the moment at which it says something."""
 
     def run(moment: str, command: str, *arguments: object) -> Result:
@@ -139,16 +138,14 @@ def vanishing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
-def test_a_cache_that_vanishes_before_scoring_is_told_by_the_file_that_is_gone(
-    cli: Cli, vanishing: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_a_cache_that_vanishes_before_scoring_is_told_by_the_file_that_is_gone(cli: Cli, vanishing: Cli, tmp_path: Path) -> None:
     assert cli("collect", *SHORT, "--task", "count-next").code == 0
     gone = vanishing("scores to make", "eval")
     one_error(gone, "soft-prompts/count-next-", "No such file or directory", "remove it, and the command makes it anew")
     assert not list(tmp_path.rglob(".claims"))
 
 
-def test_prompts_are_written_into_a_cache_that_vanished_meanwhile(vanishing: Callable[..., Result], tmp_path: Path) -> None:
+def test_prompts_are_written_into_a_cache_that_vanished_meanwhile(vanishing: Cli, tmp_path: Path) -> None:
     done = vanishing("soft prompts to make", "collect", *SHORT, "--task", "count-next")
     assert done.code == 0, done.err
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1

@@ -8,11 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Result, run_ipt
+from conftest import Cli, commands
 
 from intrinsic_prompt_tuning.page import PAGE
 
@@ -21,14 +20,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture(scope="module")
-def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[..., Result]]:
+def finished(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli]:
     """Return a page, and a way to run commands on the cache that it is of: all tasks of a split but one were done."""
     folder = tmp_path_factory.mktemp("finished")
     split = folder / "<b> & co.yaml"
     split.write_text("{seen: [mood-good, animal-class, count-next, thing-plural], unseen: [even-or-good]}", encoding="utf-8")
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", folder / "cache", "--split", split, *arguments)
+    cli = commands(*shared_options, "--cache", folder / "cache", "--split", split)
 
     assert cli("collect", *SHORT).code == 0
     assert cli("fit-subspace", "--dim", 4, "--subspace-steps", 3).code == 0
@@ -72,7 +69,7 @@ class Reader(html.parser.HTMLParser):
         self.words.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
-def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(finished: tuple[Path, Callable[..., Result]]) -> None:
+def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(finished: tuple[Path, Cli]) -> None:
     text = finished[0].read_text(encoding="utf-8")
     read = Reader(text)
     images = [value for tag, name, value in read.attributes if (tag, name) == ("img", "src")]
@@ -82,13 +79,13 @@ def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(finished: t
     assert not re.search(r"https?:|url\(|@import|fetch\(", re.sub(r"base64,[^\"]*", "", text))
 
 
-def test_what_people_named_is_text_and_says_nothing_of_the_machine(finished: tuple[Path, Callable[..., Result]]) -> None:
+def test_what_people_named_is_text_and_says_nothing_of_the_machine(finished: tuple[Path, Cli]) -> None:
     text = finished[0].read_text(encoding="utf-8")
     assert "split &lt;b&gt; &amp; co.yaml" in text and "<b>" not in text
     assert str(finished[0].parent) not in text
 
 
-def test_the_page_holds_the_table_of_eval_and_every_score(finished: tuple[Path, Callable[..., Result]]) -> None:
+def test_the_page_holds_the_table_of_eval_and_every_score(finished: tuple[Path, Cli]) -> None:
     page, cli = finished
     read = Reader(page.read_text(encoding="utf-8"))
     table = cli("eval").out.split("\n", 1)[1].strip()
@@ -107,7 +104,7 @@ def test_the_page_holds_the_table_of_eval_and_every_score(finished: tuple[Path, 
         assert shown[score["task"], stage] == f"{score['value']:.3f}", score
 
 
-def test_the_page_says_what_was_run_and_which_tasks_failed(finished: tuple[Path, Callable[..., Result]]) -> None:
+def test_the_page_says_what_was_run_and_which_tasks_failed(finished: tuple[Path, Cli]) -> None:
     read = Reader(finished[0].read_text(encoding="utf-8"))
     told = " ".join(read.words["pre"])
     assert "collect:" in told and "steps: 4" in told and "tune:" in told
@@ -115,14 +112,14 @@ def test_the_page_says_what_was_run_and_which_tasks_failed(finished: tuple[Path,
     assert re.search(r"ipt \d\S*, torch \d", " ".join(read.words["p"]))
 
 
-def test_the_same_page_is_written_again(finished: tuple[Path, Callable[..., Result]], tmp_path: Path) -> None:
+def test_the_same_page_is_written_again(finished: tuple[Path, Cli], tmp_path: Path) -> None:
     page, cli = finished
     assert cli("report", "--out", tmp_path / "new" / "page.html").code == 0
     assert (tmp_path / "new" / "page.html").read_bytes() == page.read_bytes()
 
 
 def test_without_matplotlib_the_page_has_no_pictures_and_that_is_said(
-    finished: tuple[Path, Callable[..., Result]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Cli], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = finished[1]("report", "--out", tmp_path / "page.html")
@@ -133,7 +130,7 @@ def test_without_matplotlib_the_page_has_no_pictures_and_that_is_said(
 
 
 def test_a_page_tells_every_command_that_learned_and_no_damaged_file_of_options_ends_it(
-    finished: tuple[Path, Callable[..., Result]], tmp_path: Path
+    finished: tuple[Path, Cli], tmp_path: Path
 ) -> None:
     commands = finished[0].parent / "cache" / "commands"
     damaged = {"run-00000000.yaml": "run: [", "run-11111111.yaml": "", "tune-22222222.yaml": "5", "run-33333333.yaml": "run: 5"}
@@ -150,7 +147,7 @@ def test_a_page_tells_every_command_that_learned_and_no_damaged_file_of_options_
     assert sorted(re.findall(r"^(?:.*<pre>)?([a-z-]+):(?: \{|$)", text, re.M)) == ["collect", "fit-subspace", *["tune"] * 3]
 
 
-def test_a_page_that_cannot_be_written_is_one_sentence(finished: tuple[Path, Callable[..., Result]], tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_one_sentence(finished: tuple[Path, Cli], tmp_path: Path) -> None:
     done = finished[1]("report", "--out", tmp_path)
     assert done.code == 1
     assert re.search(r"^error: cannot write .*; name another folder with --cache or --out$", done.err.splitlines()[-1])
@@ -176,7 +173,7 @@ def in_browser(page: str, width: int, script: str, folder: Path) -> object:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look at the page with")
 @pytest.mark.parametrize("width", [1280, 390, 360])
 def test_in_a_browser_nothing_is_wider_than_the_page_and_pictures_are_there(
-    finished: tuple[Path, Callable[..., Result]], width: int, tmp_path: Path
+    finished: tuple[Path, Cli], width: int, tmp_path: Path
 ) -> None:
     script = "return [d.documentElement.scrollWidth, [...d.images].map(i => i.complete && i.naturalWidth > 0 && i.width)]"
     wide, images = in_browser(finished[0].read_text(encoding="utf-8"), width, script, tmp_path)  # type: ignore[misc]

@@ -6,7 +6,6 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,13 +15,12 @@ import numpy as np
 import pytest
 import scipy.cluster.hierarchy
 import scipy.spatial.distance
-from conftest import Result, run_ipt
+from conftest import Cli, Result, run_ipt
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, probe, similarity
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, load_tasks
 
-Cli = Callable[..., Result]
 SHORT = ("--steps", 4, "--evaluations", 2)
 
 

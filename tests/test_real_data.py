@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import sklearn.metrics
 import tokenizers
 import torch
 import transformers
-from conftest import Result, files_in, run_ipt, spread
+from conftest import Cli, Result, commands, files_in, spread
 from helpers import REAL, needs_real_data
 
 from intrinsic_prompt_tuning.backbone import load_backbone
@@ -100,15 +100,13 @@ def folder(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="module")
-def done(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[..., Result], Result]:
+def done(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli, Result]:
     """Return the cache after a whole run, a way to run further commands on it, and what the run printed."""
     cache = tmp_path_factory.mktemp("cache")
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(
-            command, "--backbone", folder, "--data", data, "--cache", cache, "--prompt-length", PROMPT_LENGTH,
-            "--max-length", MAX_LENGTH, "--test-rows", TEST_ROWS, "--device", "cpu", *arguments,
-        )  # fmt: skip
+    cli = commands(
+        "--backbone", folder, "--data", data, "--cache", cache, "--prompt-length", PROMPT_LENGTH,
+        "--max-length", MAX_LENGTH, "--test-rows", TEST_ROWS, "--device", "cpu",
+    )  # fmt: skip
 
     result = cli("run", *TUNING, "--dim", 3, "--subspace-steps", 10)
     assert result.code == 0, result.err
@@ -135,11 +133,11 @@ def test_the_rows_are_those_of_the_files(data: Path) -> None:
             assert all(bool(row.options) == (kind != "free-form") for row in rows)
 
 
-def test_how_many_rows_are_cut_is_said(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_how_many_rows_are_cut_is_said(done: tuple[Path, Cli, Result]) -> None:
     assert re.search(r"\d+ of \d+ rows of [\w-]+ are cut to \d+ tokens", done[2].err)
 
 
-def test_every_stage_leaves_its_files(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_every_stage_leaves_its_files(done: tuple[Path, Cli, Result]) -> None:
     (place,) = (path for path in done[0].iterdir() if path.name not in ("samples", "commands"))
     counts = {kind.name: len(list(kind.iterdir())) for kind in place.iterdir()}
     assert counts == {"soft-prompts": 7, "subspaces": 2, "intrinsic-vectors": 2 * 7, "scores": 3 * 7 + 7 + 2 * 7 + 2 * 3}
@@ -148,14 +146,14 @@ def test_every_stage_leaves_its_files(done: tuple[Path, Callable[..., Result], R
         assert tensor.shape[0] == PROMPT_LENGTH and tensor.isfinite().all()
 
 
-def test_losses_fall_on_every_task(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_losses_fall_on_every_task(done: tuple[Path, Cli, Result]) -> None:
     records = {h["task"]: r for h, r, _ in map(read_file, done[0].glob("*/soft-prompts/*"))}
     assert records.keys() == KINDS.keys()
     for name, record in records.items():
         assert record["last_loss"] < record["first_loss"], name
 
 
-def test_reports_have_all_quantities(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_reports_have_all_quantities(done: tuple[Path, Cli, Result]) -> None:
     report = json.loads(done[1]("eval", "--json").out)
     quantities = {row["quantity"] for row in report["rows"]}
     names = ("T_train(MSF)", "T_test(MSF)", "T_train_diff(IST)", "T_test(IST)", "T_test(mean)", "T_test(nearest)")
@@ -163,7 +161,7 @@ def test_reports_have_all_quantities(done: tuple[Path, Callable[..., Result], Re
     assert {place: row["n_tasks"] for place, row in report["prompt_tuning"].items()} == {"seen": 4, "unseen": 3}
 
 
-def test_scores_are_those_of_a_plain_loop(done: tuple[Path, Callable[..., Result], Result], folder: Path, data: Path) -> None:
+def test_scores_are_those_of_a_plain_loop(done: tuple[Path, Cli, Result], folder: Path, data: Path) -> None:
     """Classification and multiple choice by the most likely option, CoLA by scikit-learn's Matthews correlation."""
     report = json.loads(done[1]("eval", "--json", "--per-task").out)
     told = {s["task"]: s["value"] for s in report["scores"] if s["quantity"] == "prompt tuning"}
@@ -193,20 +191,20 @@ def test_scores_are_those_of_a_plain_loop(done: tuple[Path, Callable[..., Result
         assert told[name] == pytest.approx(expected), name
 
 
-def test_running_again_changes_nothing(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_running_again_changes_nothing(done: tuple[Path, Cli, Result]) -> None:
     before = files_in(done[0])
     again = done[1]("run", *TUNING, "--dim", 3, "--subspace-steps", 10)
     assert (again.code, again.out) == (0, done[2].out)
     assert files_in(done[0]) == before
 
 
-def test_a_data_seed_that_the_folder_lacks_is_named_with_those_it_has(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_a_data_seed_that_the_folder_lacks_is_named_with_those_it_has(done: tuple[Path, Cli, Result]) -> None:
     result = done[1]("collect", *TUNING, "--task", "glue-sst2", "--data-seed", 5)
     assert result.code == 1
     assert "glue-sst2" in result.err and "data seed 5" in result.err and "13, 21, 42, 100" in result.err
 
 
-def test_generation_answers_everything_when_asked_to(done: tuple[Path, Callable[..., Result], Result]) -> None:
+def test_generation_answers_everything_when_asked_to(done: tuple[Path, Cli, Result]) -> None:
     """An untrained backbone hardly ever writes a label, but the most likely of two labels is right now and then."""
     result = done[1]("collect", "--steps", 2, "--task", "glue-sst2", "--decoding", "generate")
     assert result.code == 0, result.err

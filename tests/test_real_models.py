@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import Result, files_in, run_ipt
+from conftest import commands, files_in
 
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
@@ -64,7 +63,7 @@ def test_the_pipeline_learns_real_tasks_and_goes_on_where_it_was(folder: Path, t
         "--backbone", folder, "--data", DATA, "--split", tmp_path / "split.yaml", "--cache", tmp_path / "cache", "--no-chat",
         "--prompt-at", "end", "--prompt-length", 5, "--shots", 32, "--test-rows", 12, "--device", "cpu",
     ]  # fmt: skip
-    cli: Callable[..., Result] = lambda command, *more: run_ipt(command, *options, *more)  # noqa: E731
+    cli = commands(*options)
     short = ("--steps", 24, "--batch-size", 4, "--evaluations", 1, "--learning-rate", 0.3)
     done = cli("collect", *short)
     assert done.code == 0, done.err

@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import Result, files_in, run_ipt
+from conftest import SHORT, Cli, Result, files_in, run_ipt
 from safetensors.torch import save_file
 from test_cli import assert_one_error
 
@@ -29,9 +28,6 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file, write_file
 from intrinsic_prompt_tuning.results import Claims
 from intrinsic_prompt_tuning.shelf import cache_files, remove
-
-Cli = Callable[..., Result]
-SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
 
 
 @pytest.fixture(scope="module")

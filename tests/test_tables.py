@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result, run_ipt
+from conftest import Cli, run_ipt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.tasks import Example, Task, few_shot_files, find_table_tasks
-
-Cli = Callable[..., Result]
 
 
 def write(path: Path, text: str) -> Path:

@@ -9,13 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Result, run_ipt
+from conftest import SHORT, Cli, commands, run_ipt
 from helpers import hub_rows
 
 import ipt
@@ -27,16 +26,11 @@ from intrinsic_prompt_tuning.tasks.checks import places
 from intrinsic_prompt_tuning.tasks.folders import parse_input
 from intrinsic_prompt_tuning.using import _prediction
 
-Cli = Callable[..., Result]
-SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3)
-
 
 @pytest.fixture(scope="module")
 def tuned(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cli]:
     cache = tmp_path_factory.mktemp("tuned")
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", cache, *arguments)
+    cli = commands(*shared_options, "--cache", cache)
 
     for command in (("collect", *SHORT), ("fit-subspace", "--dim", 4, "--subspace-steps", 2), ("tune", "--dim", 4, *SHORT)):
         done = cli(*command)
@@ -92,9 +86,7 @@ def test_of_what_answers_all_validation_rows_right_that_with_the_least_loss_answ
     shared_options: list[object], tmp_path: Path
 ) -> None:
     """A grid ends at the first rate that does; prompts and vectors are no grid."""
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", tmp_path / "cache", *arguments)
+    cli = commands(*shared_options, "--cache", tmp_path / "cache")
 
     for command in (("collect", *SHORT), ("fit-subspace", "--dim", 4, "--subspace-steps", 2), ("tune", "--dim", 4, *SHORT)):
         assert cli(*command).code == 0
@@ -127,9 +119,7 @@ def test_a_line_can_call_its_input_as_one_s_own_table_does(
             for mood, label in (("glad", "yes"), ("sorry", "no"))]  # fmt: skip
     (tmp_path / "moods.csv").write_text("\n".join(["review,label", *rows]), encoding="utf-8")
     own = ("--data", tmp_path / "moods.csv", "--columns", "review,label", "--split", "own", "--shots", 2, "--test-rows", 2)
-
-    def cli(command: str, *arguments: object) -> Result:
-        return run_ipt(command, *shared_options, "--cache", tmp_path / "cache", *own, *arguments)
+    cli = commands(*shared_options, "--cache", tmp_path / "cache", *own)
 
     assert cli("collect", "--steps", 2, "--evaluations", 1).code == 0
     say(monkeypatch, '{"review": "the glad eel"}\n{"input": "the glad eel"}\n{"text": "the glad eel"}\n{"review": 5}\n')
