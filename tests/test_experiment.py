@@ -289,11 +289,6 @@ def test_a_space_that_needs_no_learning_does_not_change_with_how_others_learn(x:
         assert {other.subspace(kind, 4, prompts).name for other in others} == {x.subspace(kind, 4, prompts).name}
 
 
-def test_a_dim_larger_than_the_prompt_is_no_subspace(x: Experiment) -> None:
-    with pytest.raises(IptError, match="--dim 49 is larger than the prompt itself, 48 numbers"):
-        x.subspace("subspace", 49, x.soft_prompts(x.named("seen")))
-
-
 def test_an_intrinsic_vector_s_name_changes_with_all_that_it_depends_on(x: Experiment, build: Build) -> None:
     prompts = x.soft_prompts(x.named("seen"))
     one, two = x.subspace("subspace", 6, prompts), x.subspace("random", 6, prompts)

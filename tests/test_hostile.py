@@ -94,12 +94,6 @@ def test_names_in_a_folder_are_those_that_a_tasks_file_may_have(tmp_path: Path) 
 # --- test_worlds.py ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slot", ["{mood.__class__}", "{mood.word[0]}", "{mood.word.__len__}", "{mood}"])
-def test_a_sentence_reaches_columns_only(tmp_path: Path, slot: str) -> None:
-    with pytest.raises(IptError, match="world small: .*sentence"):
-        load(tmp_path, TASKS_FILE.replace("{mood.word}", slot))
-
-
 @pytest.mark.usefixtures("little_memory")
 def test_options_that_no_sentence_answers_do_not_take_forever(tmp_path: Path) -> None:
     text = TASKS_FILE.replace("multiple-choice, question: mood opposite", "multiple-choice, question: mood good then mood good")

@@ -190,6 +190,10 @@ def test_a_stream_s_name_is_its_seed_and_the_parts_share_no_sentence(world: Worl
         ("{}", "world small: 'sentence': a field of the template is a bare {column}"),
         ("{mood.word", "world small: 'sentence' cannot be read"),
         ("{0}", "world small: .*expected 'sentence'"),
+        ("{mood}", "world small: expected 'sentence' with {slot.column}, not with {mood}"),
+        ("{mood.__class__}", "world small: expected 'sentence' with {slot.column}, not with"),
+        ("{mood.word[0]}", "world small: expected 'sentence' with {slot.column}, not with"),
+        ("{mood.word.__len__}", "world small: expected 'sentence' with {slot.column}, not with"),
         ("{mood.nothing}", "world small: .*expected 'sentence'"),
     ],
 )
