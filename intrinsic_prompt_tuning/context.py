@@ -116,13 +116,14 @@ class Context:
         """The command that this is for, and all its options."""
         known, own = find_tasks(options.tasks_file, options.data, options.columns, options.kind)
         self.tasks = known | own
-        self.roles = split_tasks(self.tasks, options.split)
+        wanted = split_tasks(self.tasks | load_tasks(options.tasks_file), options.split)
+        self.roles = {task: role for task, role in wanted.items() if task in self.tasks}
         """The split's tasks and what they are in it: seen or unseen."""
-        if options.data and not own:  # a folder of few-shot files
-            wanted = split_tasks(load_tasks(options.tasks_file) | self.tasks, options.split)
-            if absent := [task for task in wanted if task not in self.roles]:
-                names = ", ".join(absent[:5]) + " ..." * (len(absent) > 5)
-                self.report.say(f"{options.data} lacks {len(absent)} of the split's {len(wanted)} tasks: {names}")
+        if absent := [task for task in wanted if task not in self.tasks]:  # of a folder of few-shot files
+            names = ", ".join(absent[:5]) + " ..." * (len(absent) > 5)
+            self.report.say(f"{options.data} lacks {len(absent)} of the split's {len(wanted)} tasks: {names}")
+        if not self.roles:
+            raise IptError(f"{options.data} has no task of the split {options.split}: list its own in a file, --split mine.yaml")
         if own and not own.keys() & self.roles.keys():  # the split's subspace, and one's own tasks as what it never saw
             self.roles = dict.fromkeys(self.named("seen"), "seen") | dict.fromkeys(own, "unseen")
         self.own = [task for task in own if task in self.roles]

@@ -141,13 +141,20 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_what_a_folder_lacks_of_the_split_is_said(tmp_path: Path) -> None:
     write_files(tmp_path, "ag_news", "PART\tWorld\n")
-    (split := tmp_path / "mine.yaml").write_text("{seen: [ag_news], unseen: []}", encoding="utf-8")
-    report = Listener()
-    assert [*Context({"data": tmp_path, "split": str(split)}, report).roles] == ["ag_news"] and not report.sentences
+    report, lacks = Listener(), rf"{re.escape(str(tmp_path))} lacks "
+    for split, names in (("whole", "[ag_news]"), ("more", "[piqa, ag_news]")):
+        (file := tmp_path / f"{split}.yaml").write_text(f"{{seen: {names}, unseen: []}}", encoding="utf-8")
+        assert [*Context({"data": tmp_path, "split": str(file)}, report).roles] == ["ag_news"]
     Context({"data": tmp_path}, report)
-    assert re.fullmatch(
-        rf"{re.escape(str(tmp_path))} lacks 119 of the split's 120 tasks: (\S+, ){{4}}\S+ \.\.\.", *report.sentences
-    )
+    more, random = report.sentences
+    assert re.fullmatch(f"{lacks}1 of the split's 2 tasks: piqa", more)
+    assert re.fullmatch(rf"{lacks}119 of the split's 120 tasks: (\S+, ){{4}}\S+ \.\.\.", random)
+
+
+def test_a_folder_of_which_no_task_is_in_the_split_is_told_so(tmp_path: Path) -> None:
+    write_files(tmp_path, "own", "PART\ta\n")
+    with pytest.raises(IptError, match="has no task of the split random: list its own in a file, --split mine.yaml"):
+        Context({"data": tmp_path})
 
 
 # --- Hostile files -------------------------------------------------------------------------------
