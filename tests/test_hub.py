@@ -547,6 +547,12 @@ def test_lists_in_a_template_are_joined_and_replaced_text_is_a_template() -> Non
     assert example.input == "(y): b+a++b"
 
 
+def test_the_name_of_a_column_may_hold_dots() -> None:
+    row = {"dataset": "d", "template": "{meta.title} {meta.n}", "answer": "right", "metric": "EM"}
+    (example,) = read_hub_row("x", row, Path("f.yaml")).examples([RECORD | {"meta.title": "T", "meta": {"n": 5}}])
+    assert example.input == "T 5"
+
+
 def test_only_records_with_a_wanted_value_are_kept() -> None:
     row = {"dataset": "d", "template": "{q}", "answer": "right", "metric": "EM", "keep": {"n": [1, True], "right": []}}
     records = [RECORD | {"q": f"{n!r} {right}", "n": n, "right": right} for n in (0, 1, True, None) for right in ("", "y")]

@@ -15,7 +15,9 @@ Record = dict[str, Any]
 
 
 def look_up(value: Any, path: str) -> Any:
-    """Follow a path; a name goes through lists to every record in them."""
+    """Follow a path; a name goes through lists to every record in them, and a column's own name may hold dots."""
+    if isinstance(value, dict) and path in value:
+        return value[path]
     for step in path.split("."):
         if isinstance(value, list):
             value = value[int(step)] if step.isdigit() else [look_up(item, step) for item in value]
