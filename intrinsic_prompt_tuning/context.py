@@ -86,9 +86,9 @@ class Rates:
 
     def __post_init__(self) -> None:
         """Refuse what is no rate."""
-        for rate in (*self.learning_rate, *self.vector_learning_rate):
-            if not 0 < rate < math.inf:
-                raise IptError(f"--learning-rate is {rate}, expected a number above 0")
+        for flag, rates in (("--learning-rate", self.learning_rate), ("--vector-learning-rate", self.vector_learning_rate)):
+            if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+                raise IptError(f"{flag} is {wrong[0]}, expected a number above 0")
 
 
 class Context:
