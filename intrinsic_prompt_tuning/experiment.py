@@ -17,15 +17,7 @@ from intrinsic_prompt_tuning.makers import job_of, makers
 from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_name, make, names
 from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
-from intrinsic_prompt_tuning.tasks.checks import check
 from intrinsic_prompt_tuning.tuning import pace_of
-
-ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
-TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
-VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
-SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any]}
-FIELDS = {"soft-prompt": TUNED, "intrinsic-vector": TUNED | VECTOR, "subspace": SUBSPACE}
-"""Kind -> what a header holds beside what all headers do, and of which types."""
 
 
 class Experiment(Context):
@@ -194,14 +186,7 @@ class Experiment(Context):
         self.leave_out(unusable)
         shared, others, fitting = self.header(kind), Counter[str](), list[Result]()
         for result in results:
-            path, header = str(self.store.path(result)), result.header
-            try:
-                for name, hint in (ABOUT if "imported" in header else FIELDS[kind]).items():
-                    check(header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
-            except IptError as error:
-                self.leave_out({path: str(error)})
-                continue
-            if differs := [name for name in (*shared, "initial_text") if header.get(name) != shared.get(name)]:
+            if differs := [name for name in (*shared, "initial_text") if result.header.get(name) != shared.get(name)]:
                 others[f"another {differs[0]}"] += 1
             else:
                 fitting.append(result)

@@ -19,6 +19,7 @@ from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_
 from intrinsic_prompt_tuning.lazy import Tensor
 from intrinsic_prompt_tuning.ranks import n_ranks, rank
 from intrinsic_prompt_tuning.reporter import Reporter, duration, size
+from intrinsic_prompt_tuning.tasks.checks import check
 
 try:
     import fcntl
@@ -26,6 +27,12 @@ except ImportError:  # Windows: two processes may do the same work, and leave th
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
+ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
+TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
+VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
+SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any]}
+FIELDS = {"soft-prompt": TUNED, "intrinsic-vector": TUNED | VECTOR, "subspace": SUBSPACE}
+"""Kind -> what a header holds beside what all headers do, and of which types."""
 RECORDED = {"subspace": ("unit",), "score": ("score", "n")}
 """Kind -> what its record holds in any case."""
 
@@ -221,6 +228,8 @@ class Store:
                     raise damaged(path, f"was made with another backbone ({made_for}, expected {self.fingerprint[:8]})")
                 if result.header.get("kind") != kind or self.path(result) != path:
                     raise damaged(path, "is not what its name says, or is damaged")
+                for name, hint in (ABOUT if "imported" in result.header else FIELDS.get(kind, {})).items():
+                    check(result.header.get(name), hint, f"{path}: remove it; field '{name}' of its header")
                 results.append(result)
             except IptError as error:
                 unusable[str(path)] = str(error)

@@ -29,7 +29,10 @@ from intrinsic_prompt_tuning.reporter import Reporter
 from intrinsic_prompt_tuning.results import AfterStep, Claims, Cost, Made, Maker, Result, Store, make
 
 FINGERPRINT = "f" * 64
-HEADER = {"version": FILE_VERSION, "backbone": FINGERPRINT, "kind": "soft-prompt", "task": "mood-good", "data_seed": 100}
+HEADER = {
+    "version": FILE_VERSION, "backbone": FINGERPRINT, "kind": "soft-prompt", "task": "mood-good", "data_seed": 100, "metric": "ACC",
+    "data": "", "tuning": {}, "learning_rate": 0.1,
+}  # fmt: skip
 RECORD = {"validation": 0.5, "validation_loss": 1.0, "score": 0.5, "n": 3, "unit": 1.0}
 PROMPT = {"soft_prompt": torch.arange(15.0).reshape(3, 5)}
 
@@ -105,10 +108,10 @@ def test_what_is_missing_is_told_once_and_in_order(store: Store) -> None:
 def test_only_results_of_the_kind_are_found(store: Store) -> None:
     for seed, task in ((100, "mood-good"), (21, "mood-good"), (100, "count-next")):
         save_one(store, data_seed=seed, task=task)
-    save_one(store, kind="intrinsic-vector")
+    save_one(store, kind="score")
     found = [(r.header["task"], r.header["data_seed"]) for r in store.found("soft-prompt")[0]]
     assert sorted(found) == [("count-next", 100), ("mood-good", 21), ("mood-good", 100)]
-    assert [r.kind for r in store.found("intrinsic-vector")[0]] == ["intrinsic-vector"]
+    assert [r.kind for r in store.found("score")[0]] == ["score"]
     assert store.found("subspace") == ([], {})
 
 
@@ -611,16 +614,16 @@ def test_a_rank_whose_share_another_process_makes_goes_on_with_the_rest_and_then
 
 
 def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
-    first = roll("ann", rate=1)
-    second = Result(roll("ann", rate=2).header, cost=first.cost, instead_of=(first,))
-    made: list[int] = []
+    first = roll("ann", learning_rate=0.3)
+    second = Result(roll("ann", learning_rate=0.1).header, cost=first.cost, instead_of=(first,))
+    made: list[float] = []
 
     def work(rolls: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
         for one in rolls:
-            made.append(one.header["rate"])
+            made.append(one.header["learning_rate"])
             yield Made(one, {"validation": solved}, {})
 
-    for solved, expected in ((1.0, [1]), (0.9, [1, 2])):
+    for solved, expected in ((1.0, [0.3]), (0.9, [0.3, 0.1])):
         made.clear()
         fresh = Store(store.folder.with_name(f"solved {solved}"), FINGERPRINT)
         report = BarListener()
