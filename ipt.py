@@ -54,7 +54,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
     help="Intrinsic Prompt Tuning: many soft prompts, one small subspace, new tasks by tuning 250 numbers.",
 )  # fmt: skip
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 # --- What a person sees: results on stdout, progress and messages on stderr ----------------------
 

@@ -891,6 +891,11 @@ def test_an_unknown_task_is_named_with_the_nearest_names(cli: Cli, cache_folder:
     assert not cache_folder.exists()
 
 
+def test_what_a_person_wrote_is_told_as_it_was_written(cli: Cli) -> None:
+    """Not as markup, and not with pictures in the place of words between colons."""
+    assert "there is no task '[b]:cat:'" in cli("collect", "--task", "[b]:cat:").err
+
+
 def test_an_unknown_split_is_named_with_the_nearest_names(cli: Cli, cache_folder: Path) -> None:
     for command in ("collect", "fit-subspace", "eval", "run", "tasks"):
         assert_one_error(cli(command, "--split", "tinny"), "'tinny'; did you mean 'tiny'")
