@@ -192,8 +192,8 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
                 values.setdefault("learning_rate", values.get("vector_learning_rate"))
                 x = Experiment(values, terminal)
                 if values.get("space") == "prompt":
-                    values["vector_learning_rate"] = x.rates.learning_rate
-                x.tell(name, values, {str(p.name): p.opts[0] for p in context.command.params if p.name not in NOT_KEPT})
+                    x.given["vector_learning_rate"] = x.rates.learning_rate
+                x.tell(name, {str(p.name): p.opts[0] for p in context.command.params if p.name not in NOT_KEPT})
                 function(x, **{name: values[name] for name in own})
                 if Sharing in groups and rank() == 0:  # another that failed would end the first, which may still write
                     x.finish()

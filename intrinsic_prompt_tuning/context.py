@@ -151,11 +151,10 @@ class Context:
             raise IptError(f"the split {self.options.split} has no {' and no '.join(wanted)} tasks: see 'ipt tasks'")
         return found or self.own or list(self.roles)
 
-    def tell(self, command: str, given: Mapping[str, Any], flags: Mapping[str, str]) -> None:
-        """Take the command that this is for and what it was told, to keep all its options by the names that `--config` takes."""
-        settled = self.settings() | {name: value for name, value in given.items() if value is not None}
-        options = {flag[2:]: settled[name] for name, flag in flags.items() if name in settled and flag.startswith("--")}
-        self.told = command, options
+    def tell(self, command: str, flags: Mapping[str, str]) -> None:
+        """Take the command that this is for, and settings -> its flags, to keep all its options by the names of `--config`."""
+        known = self.settings() | self.given
+        self.told = command, {flag[2:]: known[name] for name, flag in flags.items() if name in known and flag.startswith("--")}
 
     def keep_notes(self) -> None:
         """Write the file of options that reproduces the command, once, and what was found out about memory."""
