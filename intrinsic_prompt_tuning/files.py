@@ -32,13 +32,19 @@ def file_name(text: str) -> str:
 
 
 def user_cache() -> Path:
-    """Return $IPT_CACHE, or the folder `ipt` in the platform's place for caches."""
+    """Return $IPT_CACHE, or the folder `ipt` in the platform's place for caches.
+
+    Raises:
+        IptError: there is no home folder.
+    """
     if own := os.environ.get("IPT_CACHE"):
         return Path(own)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ipt"
-    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "ipt"
+    mac = sys.platform == "darwin"
+    base = "" if mac else os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    try:
+        return Path(base or Path.home() / ("Library/Caches" if mac else ".cache")) / "ipt"
+    except RuntimeError as error:  # such as a container's user that the system does not know
+        raise IptError("there is no home folder to keep results in: name another folder with --cache or $IPT_CACHE") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -200,3 +200,13 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 def test_an_empty_variable_names_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPT_CACHE", "")
     assert files.user_cache().name == "ipt" and files.user_cache().is_absolute()
+
+
+def test_without_a_home_a_folder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IPT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # a container's user that the system does not know
+    for system in ("linux", "darwin"):
+        monkeypatch.setattr("sys.platform", system)
+        with pytest.raises(IptError, match=r"there is no home folder .* --cache or \$IPT_CACHE"):
+            files.user_cache()
