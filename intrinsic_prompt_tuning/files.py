@@ -90,17 +90,8 @@ def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any],
     write_bytes(path, save(plain, {"ipt": json.dumps(content, sort_keys=True)}))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the header of a file without reading its tensors.
-
-    Raises:
-        IptError: it is not a safetensors file of ipt, or is of another version.
-    """
-    return read_file(path, whole=False)[0]
-
-
 def read_file(path: Path, *, whole: bool = True) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Return header, record and tensors of a file, its checksum found right; not `whole`: no tensors, nothing compared.
+    """Return header, record and tensors of a file, its checksum found right; not `whole`: no tensors, and nothing compared.
 
     Raises:
         IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.

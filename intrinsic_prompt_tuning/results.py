@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from intrinsic_prompt_tuning.errors import IptError, damaged
-from intrinsic_prompt_tuning.files import digest, read_file, read_header, write_file
+from intrinsic_prompt_tuning.files import digest, read_file, write_file
 from intrinsic_prompt_tuning.lazy import Tensor
 from intrinsic_prompt_tuning.ranks import n_ranks, rank
 from intrinsic_prompt_tuning.reporter import Reporter, duration, size
@@ -222,7 +222,7 @@ class Store:
         for path in sorted((self.folder / f"{kind}s").glob("*.safetensors")):
             try:
                 # Of a subspace, which may be large, the tensors are checked when they are used.
-                result = Result(read_header(path) if kind == "subspace" else read_file(path)[0])
+                result = Result(read_file(path, whole=kind != "subspace")[0])
                 if result.header.get("backbone") != self.fingerprint:
                     made_for = str(result.header.get("backbone"))[:8]
                     raise damaged(path, f"was made with another backbone ({made_for}, expected {self.fingerprint[:8]})")

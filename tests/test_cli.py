@@ -27,7 +27,7 @@ from conftest import SHORT, TASKS_FILE, Cli, Result, commands, files_in, run_ipt
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.context import Options, Rates
-from intrinsic_prompt_tuning.files import read_file, read_header
+from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import datasets
 from intrinsic_prompt_tuning.metrics import METRICS
@@ -333,7 +333,7 @@ def twice(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory
     assert_done(cli("collect", *SHORT))
     assert_done(cli("fit-subspace", "--dim", 6, "--subspace-steps", 5))
     assert_done(cli("fit-subspace", "--dim", 6, "--subspace-steps", 5, "--no-lm-loss"))
-    headers = {path: read_header(path) for path in cache.glob("*/subspaces/*")}
+    headers = {path: read_file(path)[0] for path in cache.glob("*/subspaces/*")}
     names = {header["config"]["lm_loss"]: path.stem.rpartition("-")[2] for path, header in headers.items()}
     assert len(headers) == len(names) == 2
     return cache, cli, names
@@ -357,7 +357,7 @@ def test_a_subspace_that_is_named_is_tuned_in_and_eval_tells_two_of_one_dim_apar
     shutil.copytree(twice[0], tmp_path / "cache")
     for name in (names[True][:8], names[False]):
         assert_done(cli("tune", *SHORT, "--dim", 6, "--unseen", "--subspace", name))
-    tuned = [read_header(path)["subspace"] for path in (tmp_path / "cache").glob("*/intrinsic-vectors/*")]
+    tuned = [read_file(path)[0]["subspace"] for path in (tmp_path / "cache").glob("*/intrinsic-vectors/*")]
     assert sorted(tuned) == sorted(2 * list(names.values()))
     report = report_of(cli)
     for quantity in ("T_train(MSF)", "T_test(MSF)", "T_test(IST)"):
@@ -733,7 +733,7 @@ def test_options_come_from_flags_then_the_environment_then_a_file_then_defaults(
     monkeypatch.setenv("IPT_BATCH_SIZE", "3")
     assert_done(cli("collect", "--config", config, "--learning-rate", 0.25))
     (path,) = (tmp_path / "cache").glob("*/soft-prompts/*")
-    header = read_header(path)
+    header = read_file(path)[0]
     assert header["task"] == "mood-good" and header["learning_rate"] == 0.25
     assert {name: header["tuning"][name] for name in ("steps", "evaluations", "batch_size")} == {
         "steps": 2, "evaluations": 2, "batch_size": 3,
@@ -776,14 +776,14 @@ def test_an_option_s_variable_is_named_after_its_flag(cli: Cli, tmp_path: Path, 
     assert json.loads(assert_done(cli("show", path)).out)["header"]["task"] == "mood-good"
     monkeypatch.setenv("IPT_LEARNING_RATE", "0.25")
     assert_done(cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt"))
-    rates = [read_header(path)["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
+    rates = [read_file(path)[0]["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")]
     assert sorted(rates) == [0.25, 0.3]
 
 
 def test_several_values_of_a_variable_stand_apart_by_spaces(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPT_LEARNING_RATE", "0.1 0.3")
     assert_done(cli("collect", *SHORT, "--task", "mood-good"))
-    assert {read_header(path)["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")} == {0.1, 0.3}
+    assert {read_file(path)[0]["learning_rate"] for path in (tmp_path / "cache").glob("*/soft-prompts/*")} == {0.1, 0.3}
 
 
 @pytest.mark.parametrize("command", [command.name for command in ipt.app.registered_commands])
@@ -1079,7 +1079,7 @@ def test_no_prompt_is_scored_anew_at_another_prompt_length_and_at_another_maxima
     for change in changes:
         assert_done(cli("collect", *SHORT, "--task", "count-next", *change))
         assert_done(cli("eval", *change))
-    headers = [read_header(path) for path in cache_folder.glob("*/scores/*")]
+    headers = [read_file(path)[0] for path in cache_folder.glob("*/scores/*")]
     without = [(header["prompt_length"], header["max_length"]) for header in headers if header["stage"] == "no prompt"]
     assert sorted(without) == [(3, 12), (3, 512), (4, 512)]
 
@@ -1203,7 +1203,7 @@ def test_fitting_with_a_task_whose_rows_cannot_be_had_is_refused_and_done_withou
     result = cli(*fit, "--skip-missing")
     assert_one_error(result, "1 were left out: .*mood good and mood bad")
     (path,) = cache_folder.glob("*/subspaces/*")
-    assert sorted(read_header(path)["prompts"]) == ["count-next", "mood-good", "mood-opposite-choice", "thing-plural"]
+    assert sorted(read_file(path)[0]["prompts"]) == ["count-next", "mood-good", "mood-opposite-choice", "thing-plural"]
     result = cli("eval", "--tasks-file", impossible, "--skip-missing")
     assert_one_error(result, "1 were left out: .*mood good and mood bad")
     assert re.search(r"^T_train\(MSF\) +subspace +3 +3 ", result.out, re.MULTILINE)
