@@ -134,7 +134,7 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     if content and not given and here not in content:
         raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
     for name, value in given.items():
-        flag, known = f"--{name}".replace("_", "-"), every if name in content else flags[here]
+        flag, known = f"--{name}".replace("_", "-"), flags[here] if name in own else every
         if flag not in known:
             raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
         if parameter := flags[here].get(flag):
@@ -330,9 +330,9 @@ def run(
         results, scores = one.whole(dim or [250, 10], data_seeds[n])
         one.make([*results, *scores], dry_run=dry_run)
         reports += [] if dry_run else [make_report(one, scores)]
-    if seeds == 1 and reports:
-        print_report(reports[0], as_json, per_task=False, wide=wide)
-    elif reports:
+    for report in reports if seeds == 1 or (wide and not as_json) else ():
+        print_report(report, as_json, per_task=False, wide=wide)
+    if len(reports) > 1:
         rows = spread(reports)
         echo(json.dumps({"spread": rows, "runs": reports}) if as_json else spread_text(rows).rstrip("\n"))
 

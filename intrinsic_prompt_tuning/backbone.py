@@ -140,9 +140,10 @@ class Backbone:
         """
         embed = self.model.get_input_embeddings()
         words = sorted({*range(min(len(self.tokenizer), len(embed.weight)))} - {*self.tokenizer.all_special_ids})
-        chosen = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        known = text.encode(errors="ignore").decode()  # without what is no UTF-8, which tokenizers do not take
+        chosen = self.tokenizer(known, add_special_tokens=False).input_ids if known else []
         if text and not chosen:
-            raise IptError(f"--initial-text is '{text}', which has no tokens")
+            raise IptError(f"--initial-text is {text!a}, which has no tokens")
         chosen = (chosen * prompt_length)[:prompt_length] or random.Random(seed).choices(words, k=prompt_length)
         embeddings: Tensor = embed(torch.tensor(chosen, device=self.device, dtype=torch.long)).float()
         return embeddings

@@ -62,8 +62,9 @@ def test_the_initial_prompt_is_a_text_repeated_where_one_is_given(backbone: Back
     wanted = backbone.model.get_input_embeddings()(torch.tensor((ids * 7)[:7]))
     assert torch.equal(backbone.initial_prompt(7, 0, "the glad fox"), wanted)
     assert torch.equal(backbone.initial_prompt(7, 0, "the glad fox"), backbone.initial_prompt(7, 1, "the glad fox"))
-    with pytest.raises(IptError, match="--initial-text is ' ', which has no tokens"):
-        backbone.initial_prompt(7, 0, " ")
+    for text in (" ", "\udcff"):  # the second is a byte of an argument that is no UTF-8
+        with pytest.raises(IptError, match=f"--initial-text is {text!a}, which has no tokens".replace("\\", "\\\\")):
+            backbone.initial_prompt(7, 0, text)
 
 
 # --- What a soft prompt does ---------------------------------------------------------------------

@@ -448,6 +448,8 @@ def test_runs_with_other_seeds_are_told_with_their_spread(whole_run: tuple[Path,
     assert spread["prompt tuning", None, None]["task_sd"] == pytest.approx(mean)
     table = assert_done(run_ipt(*arguments)).out
     assert re.search(r"^T_test\(IST\) +subspace +6 +2 ", table, re.MULTILINE) and max(map(len, table.splitlines())) <= 110
+    wide = assert_done(run_ipt(*arguments, "--wide")).out
+    assert wide.endswith(table) and wide.count("ratio of means") == 2
 
 
 def test_run_gives_the_files_of_the_four_commands(whole_run: tuple[Path, list[object], Result], cli: Cli, tmp_path: Path) -> None:
@@ -822,6 +824,7 @@ def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, 
     [
         ("stepz: 4", "there is no option --stepz; did you mean '--steps'"),
         ("collect: {alpha: 4}", "there is no option --alpha"),
+        ("alpha: 3\ncollect: {alpha: 4}", "there is no option --alpha"),
         ("- steps", "expected a mapping, got a list"),
         ("steps: [", "is not readable as YAML"),
         ("tune: {steps: 4}\nrun: {}", "holds options of tune and run, none of collect"),

@@ -129,6 +129,11 @@ def test_a_line_can_call_its_input_as_one_s_own_table_does(
     assert done.code == 1 and "not answered: line 3: expected text in input" in done.err and "line 4: expected" in done.err
 
 
+def test_a_prompt_has_no_dim(tuned: tuple[Path, Cli]) -> None:
+    done = tuned[1]("predict", "--task", "mood-good", "--from", "prompt", "--dim", 4)
+    assert done.code == 1 and "--from prompt is no vector, and has no --dim" in done.err
+
+
 def test_a_task_without_anything_tuned_names_the_command_that_makes_it(
     shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
