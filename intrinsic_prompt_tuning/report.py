@@ -83,8 +83,11 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     baselines = [[f"{role} tasks", *row.values()] for role, row in report["prompt_tuning"].items()]
     text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", baselines)
     text += rows_text(report["rows"], wide)
-    spaces = report["dimensions_needed"].items()
-    if needed := [[space, of, f"{dim:.1f}" if dim else "more"] for space, own in spaces for of, dim in own.items()]:
+    needed = []
+    for space, of, dim in ((space, of, dim) for space, own in report["dimensions_needed"].items() for of, dim in own.items()):
+        least = min((row["dim"] for row in report["rows"] if (row["space"], row["quantity"]) == (space, of)), default=None)
+        needed.append([space, of, f"{'at most ' * (dim == least)}{dim:.1f}" if dim else "more"])
+    if needed:
         text += table_text("space|quantity|dimensions needed for 90 % of gain", needed)
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"

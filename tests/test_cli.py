@@ -27,6 +27,7 @@ from conftest import SHORT, TASKS_FILE, Cli, Result, commands, files_in, run_ipt
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.context import Options, Rates
+from intrinsic_prompt_tuning.evaluation import dimensions_needed, result_rows
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import datasets
@@ -1224,6 +1225,14 @@ def test_the_dimensions_needed_stand_below_the_table(capsys: pytest.CaptureFixtu
     ipt.print_report(report | {"no_better_than_no_prompt": []}, False, per_task=False, wide=False)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["subspace", "T_test(IST)", "7.2"] in lines and ["random", "T_test(IST)", "more"] in lines
+
+
+def test_where_the_smallest_dim_that_was_run_suffices_at_most_that_many_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"task": "t", "candidates": 1, "quantity": "T_test(IST)", "space": "subspace", "start": "random", "data_seed": 100}
+    rows = result_rows([about | {"dim": dim, "value": 1.0} for dim in (4, 8)], {"t": 1.0}, {"t": 0.0})
+    report = {"backbone": "b", "split": "s", "prompt_tuning": {}, "rows": rows, "dimensions_needed": dimensions_needed(rows)}
+    ipt.print_report(report | {"subspaces": {}, "no_better_than_no_prompt": []}, False, per_task=False, wide=False)
+    assert re.search(r"^subspace +T_test\(IST\) +at most 4\.0$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_ctrl_c_says_how_to_go_on_and_exits_with_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,12 +88,12 @@ def test_real_language_has_every_task_unseen_once(
     names = [*NAMES, *[task for task in tasks if task not in NAMES][:5]]
     for name in names:
         write_few_shot(tmp_path / "first", tasks[name], 32, (100,))
-    monkeypatch.setattr(
-        real_language, "FEW_STEPS", real_language.FEW_STEPS | {"steps": 2, "evaluations": 1, "subspace_steps": 1, "test_rows": 4}
-    )
+    fewer = {"evaluations": 1, "subspace_steps": 1}
+    monkeypatch.setattr(real_language, "FEW_STEPS", real_language.FEW_STEPS | fewer)
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": names[:6], "unseen": names[6:]})
     monkeypatch.setattr(real_language, "FOLD_SPACES", (("subspace", 4), ("low-rank", 8)))
     about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 9, "spaces": 9, "gpu_share": 1.0}
+    about |= {"steps": 2, "test_rows": 4}
     real_language.folds(argparse.Namespace(data=[tmp_path / "first"], **about))
     printed = capsys.readouterr().out
     rates = [line for line in printed.splitlines() if ": validation rate 0.3 " in line and ", rate 1 " in line]

@@ -174,7 +174,7 @@ def folds(arguments: argparse.Namespace) -> None:
     split, first = ruled(arguments, change)
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
     splits = splits_drawn(arguments.cache, sorted(kept), sorted(kept))
-    xs = [experiment(arguments, change | {"split": str(file)}, first) for file in splits]
+    xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, first) for n, file in enumerate(splits)]
     kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
 
     def described(x: Experiment) -> tuple[dict[str, Choice], list[Result], list[dict[str, Choice]]]:

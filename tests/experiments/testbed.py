@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -123,8 +123,8 @@ def folds(cache: Path) -> None:
     whole = experiment(cache)
     tasks = [task for task in whole.roles if not whole.task(task).pretrained]
     told = list[dict[str, Any]]()
-    for split in splits_drawn(cache, tasks, [*whole.roles]):
-        x = experiment(cache, split=str(split))
+    for n, split in enumerate(splits_drawn(cache, tasks, [*whole.roles])):
+        x = experiment(cache, split=str(split), subspace_seed=n)  # else all splits would share one random space
         unseen = x.named("unseen")
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
@@ -207,7 +207,8 @@ def kinds(cache: Path) -> None:
         prompts = x.soft_prompts(x.named("seen", "unseen"))
         collection = {task: prompts[task] for task in x.named("seen")}
         ipt.echo(f"without {kind}: {len(seen)} seen tasks, {len(unseen)} unseen ones")
-        measure(x, prompts, [x.subspace(space, dim, collection) for space in ("subspace", "random") for dim in (250, 10)])
+        spaces = [x.subspace(space, dim, collection) for space in ("subspace", "random") for dim in (250, 10)]
+        ipt.echo(pooled_text([score for score in measure(x, prompts, spaces)["scores"] if score["task"] in unseen]))
 
 
 def ablations(cache: Path) -> None:
@@ -262,7 +263,7 @@ def tell_runs(x: Experiment, way: str, runs: Sequence[Sequence[Result]]) -> None
               else x.scores({r.header["task"]: (r,)}, [], [(r,)])[-1] for choice in runs for r in choice}  # fmt: skip
     x.make(wanted.values())
     scores = [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in runs]
-    ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(pstdev, scores)):.3f}")
+    ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(stdev, scores)):.3f}")
 
 
 def longer(cache: Path) -> None:
@@ -305,12 +306,12 @@ def fine_tuning(cache: Path) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             model.requires_grad_(False)
-            of = [
-                outcome(x.task(task).metric, part, x.backbone.answer(empty, [(0, row) for row in part]))[0]
+            (score, loss), (tested, _) = (
+                outcome(x.task(task).metric, part, x.backbone.answer(empty, [(0, row) for row in part]))
                 for part in (validation, test)
-            ]
-            tries.append(of)
-        told[task] = max(tries)[1]
+            )
+            tries.append(((score, -loss), tested))
+        told[task] = max(tries, key=lambda tried: tried[0])[1]  # of two alike on validation rows the first, whatever they score
         ipt.echo(f"{task}: {told[task]:.3f}")
     ipt.echo(
         f"fine-tuning, unseen tasks (n={len(told)}), {sum(map(torch.numel, shipped.values())):,} numbers: mean test score {fmean(told.values()):.3f}"
