@@ -32,7 +32,7 @@ class SubspaceConfig:
     lm_loss: Annotated[bool, TUNING("Learn from the tasks' loss.")] = True
     reconstruction_loss: Annotated[bool, TUNING("Learn to reconstruct the prompts.")] = True
     noise: Annotated[
-        float, TUNING("Standard deviation of noise on intrinsic vectors, whose own is about one, while learning.", least=0)
+        float, TUNING("Standard deviation of noise on intrinsic vectors while learning; their own grows to about two.", least=0)
     ] = 0.2
     """Makes the subspace smooth between the tasks."""
     subspace_seed: Annotated[int, TUNING("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1)] = 0
