@@ -87,11 +87,17 @@ def watch(log: int) -> None:
 
 def watch_steps(tell: Callable[[str, int], None]) -> None:
     """Tell of every step of a job or a subspace, and of every test row that is answered."""
-    step, fit_step, unanswered = tuning.step, finding._fit_step, makers._unanswered
+    job_of, step, fit_step, unanswered = makers.job_of, tuning.step, finding._fit_step, makers._unanswered
+    named = dict[tuning.Job, str]()
+
+    def jobs(x: Any, result: results.Result, space: Any) -> tuning.Job:
+        job = job_of(x, result, space)
+        named[job] = name_of(result)
+        return job
 
     def steps(*arguments: Any) -> None:
         for job, taken in zip(arguments[2].jobs, arguments[2].state["step"].tolist(), strict=True):
-            tell(name_of(job.unfinished.args[0]), int(taken) + 1)
+            tell(named[job], int(taken) + 1)
         step(*arguments)
 
     def fit_steps(*arguments: Any) -> None:
@@ -106,7 +112,7 @@ def watch_steps(tell: Callable[[str, int], None]) -> None:
             tell(name_of(question[0]), begun[question[0]])
             yield question
 
-    tuning.step, finding._fit_step, makers._unanswered = steps, fit_steps, answers
+    makers.job_of, tuning.step, finding._fit_step, makers._unanswered = jobs, steps, fit_steps, answers
 
 
 def start(
