@@ -116,10 +116,11 @@ class Context:
         """The command that this is for, and all its options."""
         known, own = find_tasks(options.tasks_file, options.data, options.columns, options.kind)
         self.tasks = known | own
-        wanted = split_tasks(self.tasks | load_tasks(options.tasks_file), options.split)
+        some = options.data and not own  # a folder of few-shot files has some of the tasks
+        wanted = split_tasks(self.tasks | load_tasks(options.tasks_file) if some else self.tasks, options.split)
         self.roles = {task: role for task, role in wanted.items() if task in self.tasks}
         """The split's tasks and what they are in it: seen or unseen."""
-        if absent := [task for task in wanted if task not in self.tasks]:  # of a folder of few-shot files
+        if absent := [task for task in wanted if task not in self.tasks]:
             names = ", ".join(absent[:5]) + " ..." * (len(absent) > 5)
             self.report.say(f"{options.data} lacks {len(absent)} of the split's {len(wanted)} tasks: {names}")
         if not self.roles:

@@ -84,9 +84,10 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", baselines)
     text += rows_text(report["rows"], wide)
     needed = []
-    for space, of, dim in ((space, of, dim) for space, own in report["dimensions_needed"].items() for of, dim in own.items()):
-        least = min((row["dim"] for row in report["rows"] if (row["space"], row["quantity"]) == (space, of)), default=None)
-        needed.append([space, of, f"{'at most ' * (dim == least)}{dim:.1f}" if dim else "more"])
+    for space, own in report["dimensions_needed"].items():
+        for of, dim in own.items():
+            run = [row["dim"] for row in report["rows"] if (row["space"], row["quantity"], row["start"]) == (space, of, "random")]
+            needed.append([space, of, f"{'at most ' * (dim == min(run, default=None))}{dim:.1f}" if dim else "more"])
     if needed:
         text += table_text("space|quantity|dimensions needed for 90 % of gain", needed)
     for name, words in report["subspaces"].items():

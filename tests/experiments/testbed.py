@@ -303,8 +303,8 @@ def fine_tuned(x: Experiment, task: str, rate: float) -> list[tuple[tuple[float,
     (train, validation, test), model, lm = x.encoded(task, COLLECTION_SEED), x.backbone.model, x.backbone.lm
     optimizer, found = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0), []
     empty = torch.zeros(FINE_TUNED_BATCH, 0, x.backbone.hidden)
+    model.requires_grad_(True)
     for step in range(x.tuning.steps):
-        model.requires_grad_(True)
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 15) * (1 - step / x.tuning.steps)
         rows = [train[row] for row in minibatch(len(train), FINE_TUNED_BATCH, COLLECTION_SEED, step)]
         begun = lm.begin(empty, [row.input_ids for row in rows])
@@ -313,13 +313,13 @@ def fine_tuned(x: Experiment, task: str, rate: float) -> list[tuple[tuple[float,
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        model.requires_grad_(False)
         if (step + 1) % x.tuning.evaluate_every == 0:
             (score, loss), (tested, _) = (
                 outcome(x.task(task).metric, part, x.backbone.answer(empty[:1], [(0, row) for row in part]))
                 for part in (validation, test)
             )
             found.append(((score, -loss), tested))
+    model.requires_grad_(False)
     return found
 
 
