@@ -287,14 +287,15 @@ def load_backbone(
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
         if not compiled and model._supports_sdpa:
             share_position_bias(model)
-        layout, lm = Layout(tokenizer), Seq2Seq(model)
+        layout, lm, budgets = Layout(tokenizer), Seq2Seq(model), first_budgets(where)
     else:
         if half and where.type == "cpu":
             # torch's own kernel takes five times as long backward (2.13, AVX512-BF16), a step a third longer.
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
-    backbone = Backbone(name, lm, layout, min(max_length, positions), *first_budgets(where))
+        budgets = first_budgets(where, lm.prompt_at)
+    backbone = Backbone(name, lm, layout, min(max_length, positions), *budgets)
     check_backbone(backbone)
     if compiled:
         for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.base_model,):

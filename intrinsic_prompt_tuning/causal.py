@@ -166,16 +166,19 @@ class Causal:
 
         Not transformers' `generate`, which follows what the backbone was saved with and wants padding on the left.
         """
-        behind = begun.done.of(rows)
-        real, logits, tokens = behind.real, behind.logits, [list[int]() for _ in rows]
-        going = np.ones((len(rows), 1), dtype=bool)
-        while going.any():
-            following = logits.argmax(-1)
-            for row, token in enumerate(following.tolist()):
-                tokens[row] += [token] * bool(going[row])
-                going[row] &= token != self.end and len(tokens[row]) < limits[row]
-            if going.any():  # what has ended takes no place more: a model may have no positions for it
-                embeddings = self.model.get_input_embeddings()(following[:, None])
-                logits = self.logits(embeddings, going, behind.cache, real, np.arange(len(rows)))
-                real = np.concatenate([real, going], axis=1)
+        behind, tokens, going = begun.done.of(rows), [list[int]() for _ in rows], list(range(len(rows)))
+        cache, real, logits = behind.cache, behind.real, behind.logits
+        while going:
+            following = logits.argmax(-1).tolist()
+            for row, token in zip(going, following, strict=True):
+                tokens[row].append(token)
+            on = [n for n, row in enumerate(going) if following[n] != self.end and len(tokens[row]) < limits[row]]
+            going = [going[n] for n in on]
+            if going:
+                if len(on) < len(following):  # what has ended costs nothing more
+                    cache.reorder_cache(to_device(on, self.model.device))
+                ids = to_device([[following[n]] for n in on], self.model.device)
+                one = np.ones((len(on), 1), dtype=bool)
+                logits = self.logits(self.model.get_input_embeddings()(ids), one, cache, real[on], np.arange(len(on)))
+                real = np.concatenate([real[on], one], axis=1)
         return tokens

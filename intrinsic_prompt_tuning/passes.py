@@ -129,11 +129,16 @@ def available_memory(device: torch.device) -> float:
         return 4e9
 
 
-def first_budgets(device: torch.device) -> tuple[Budget, Budget]:
-    """Return what is tried first, forward and backward, and forward only."""
-    if device.type == "cpu":
-        return Budget(1 << 10, by_block=True), Budget(1 << 11, by_block=True)
-    return Budget(1 << 15), Budget(1 << 17)
+def first_budgets(device: torch.device, prompt_at: str | None = None) -> tuple[Budget, Budget]:
+    """Return what is tried first, forward and backward, and forward only.
+
+    Of a causal model, where a prompt stands `front` or `end`, all rows share passes: its bits are not promised beside neighbours,
+    and fuller passes are faster. Behind an input that runs once there is room for more rows.
+    """
+    if device.type != "cpu":
+        return Budget(1 << 15), Budget(1 << 17)
+    tokens, by_block = 1 << (11 if prompt_at == "end" else 10), prompt_at is None
+    return Budget(tokens, by_block=by_block), Budget(2 * tokens, by_block=by_block)
 
 
 def only(model: Any, flat: Tensor) -> Any:

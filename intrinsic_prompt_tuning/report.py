@@ -83,13 +83,7 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     baselines = [[f"{role} tasks", *row.values()] for role, row in report["prompt_tuning"].items()]
     text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", baselines)
     text += rows_text(report["rows"], wide)
-    needed = []
-    for space, own in report["dimensions_needed"].items():
-        for of, dim in own.items():
-            run = [row["dim"] for row in report["rows"] if (row["space"], row["quantity"], row["start"]) == (space, of, "random")]
-            needed.append([space, of, f"{'at most ' * (dim == min(run, default=None))}{dim:.1f}" if dim else "more"])
-    if needed:
-        text += table_text("space|quantity|dimensions needed for 90 % of gain", needed)
+    text += needed_text(report["rows"])
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
     if brought := report.get("imported"):
@@ -117,6 +111,16 @@ def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
               row["task_sd"]] for row in rows]  # fmt: skip
     title = "over runs with other orders of rows, starts of vectors, subspaces and data: mean +- standard deviation"
     return f"{title}\n\n{table_text(heads, cells)}"
+
+
+def needed_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write the dimensions needed, or nothing where no vector was tuned."""
+    needed = []
+    for space, own in dimensions_needed(rows).items():
+        for of, dim in own.items():
+            run = [row["dim"] for row in rows if (row["space"], row["quantity"], row["start"]) == (space, of, "random")]
+            needed.append([space, of, f"{'at most ' * (dim == min(run))}{dim:.1f}" if dim else "more"])
+    return table_text("space|quantity|dimensions needed for 90 % of gain", needed) if needed else ""
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:

@@ -60,7 +60,7 @@ def make_rows(tasks: int, seed: int = 0) -> list[list[Encoded]]:
 def engine(
     model: torch.nn.Module, rows: list[list[Encoded]], at: PromptAt, batch_size: int
 ) -> tuple[Backbone, Space, JobTable, TuneConfig]:
-    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model.device)
+    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model.device, at)
     backbone = Backbone(name="", lm=lm, layout=layout, max_length=1 << 13, budget=budget, answer_budget=answer_budget)
     with torch.no_grad():
         initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()

@@ -16,6 +16,7 @@ from conftest import save_tokenizer, spread, words_of
 from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
+from intrinsic_prompt_tuning.causal import Causal
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
 from intrinsic_prompt_tuning.layout import causal_layout
@@ -202,6 +203,16 @@ def test_a_row_that_may_write_much_takes_no_position_of_its_neighbours(folders: 
     backbone.answer_budget = Budget(1 << 12)
     together = backbone.answer(prompts, [(0, long), (0, short)], decoding="generate")
     assert [answer.text for answer in together] == alone
+
+
+def test_rows_that_have_ended_go_through_the_model_no_more(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(str(folders["llama"]), device="cpu")
+    backbone.lm.end, backbone.answer_budget = -1, Budget(1 << 12)  # no answer ends by itself
+    rows = [backbone.encode([Example("the owl", ("bird",))], prompt_length=3, answer_limit=limit)[0] for limit in (2, 5, 3)]
+    run, sizes = Causal.logits, list[int]()
+    monkeypatch.setattr(Causal, "logits", lambda lm, given, *rest: (sizes.append(len(given)), run(lm, given, *rest))[1])
+    backbone.answer(prompts_of(backbone, 1), [(0, row) for row in rows], decoding="generate", losses=False)
+    assert sizes[-4:] == [3, 2, 1, 1]
 
 
 def test_long_answers_leave_half_of_the_positions_to_the_input(folders: dict[str, Path]) -> None:

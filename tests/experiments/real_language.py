@@ -177,28 +177,23 @@ def folds(arguments: argparse.Namespace) -> None:
     xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, first) for n, file in enumerate(splits)]
     kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
 
+    for x in xs:  # learned spaces are found side by side, by one process
+        if begins(arguments.cache, f"{x.options.split} spaces"):
+            found(x, kinds_and_dims)
+    first_split = with_rate(xs[0], *VECTOR_RATES)
+    rates = [better_rate(first_split, space) for space in found(xs[0], kinds_and_dims)[2]]
+
     def described(x: Experiment) -> tuple[dict[str, Choice], list[Result], list[dict[str, Choice]]]:
         """Return the unseen tasks' prompts, the spaces, and what is tuned in each space; with all spaces, from the nearest prompt."""
-        prompts = x.soft_prompts(x.named("seen", "unseen"))
-        collection = {task: prompts[task] for task in x.named("seen")}
-        unseen = {task: prompts[task] for task in x.named("unseen")}
-        spaces = [x.subspace(kind, dim, collection) for kind, dim in kinds_and_dims]
-        x.make([*every(prompts.values()), *spaces])
+        collection, unseen, spaces = found(x, kinds_and_dims)
         tuned = [
-            with_rate(x, rate_of(asked)).intrinsic_vectors(unseen, COLLECTION_SEED, space)
-            for asked, space in zip(kinds_and_dims, spaces, strict=True)
+            with_rate(x, rate).intrinsic_vectors(unseen, COLLECTION_SEED, space)
+            for rate, space in zip(rates, spaces, strict=True)
         ]
         if arguments.spaces > len(FOLD_SPACES):
             tuned.append(x.soft_prompts(unseen, near=[*collection.values()]))
         return unseen, spaces, tuned
 
-    def rate_of(asked: tuple[SpaceKind, int]) -> float:
-        if asked not in rates:
-            x = with_rate(xs[0], *VECTOR_RATES)
-            rates[asked] = better_rate(x, x.subspace(*asked, x.soft_prompts(x.named("seen"))))
-        return rates[asked]
-
-    rates = dict[tuple[SpaceKind, int], float]()
     for x in xs:
         for number, own in enumerate(described(x)[2]):
             if begins(arguments.cache, f"{x.options.split} {number}"):
@@ -208,6 +203,15 @@ def folds(arguments: argparse.Namespace) -> None:
         unseen, spaces, tuned = described(x)
         told += reported(x, unseen, spaces, [choice for own in tuned for choice in own.values()])["scores"]
     ipt.echo(pooled_text(told))
+
+
+def found(x: Experiment, asked: Spaces) -> tuple[dict[str, Choice], dict[str, Choice], list[Result]]:
+    """Make the prompts and the spaces; return the seen and the unseen tasks' prompts, and the spaces."""
+    prompts = x.soft_prompts(x.named("seen", "unseen"))
+    collection, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
+    spaces = [x.subspace(kind, dim, collection) for kind, dim in asked]
+    x.make([*every(prompts.values()), *spaces])
+    return collection, unseen, spaces
 
 
 def with_rate(x: Experiment, *rates: float) -> Experiment:
@@ -266,7 +270,9 @@ SPACES: Spaces = (
     ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
     ("subspace", 5), ("random", 5),
 )  # fmt: skip
-FOLD_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
+FOLD_SPACES: Spaces = (
+    ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
+)  # fmt: skip
 VECTOR_RATES = (0.3, 1.0)
 MOST_TELLING = 5
 """So many come first."""

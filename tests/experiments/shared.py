@@ -14,7 +14,7 @@ import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.evaluation import relative_performance
 from intrinsic_prompt_tuning.files import write_bytes
-from intrinsic_prompt_tuning.report import make_report, table_text
+from intrinsic_prompt_tuning.report import make_report, needed_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 
@@ -57,18 +57,20 @@ def pooled_text(told: Sequence[dict[str, Any]]) -> str:
     floor, baseline = (
         {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in ("no prompt", "prompt tuning")
     )
-    by_way = {"prompt tuning": baseline}
+    by_way, rows = {"prompt tuning": baseline}, dict[str, dict[str, Any]]()
     for score in told:
         if score["space"]:
             way = f"{score['quantity']} {score['space']} {score['dim']}" + " nearest" * (score["start"] == "nearest")
             by_way.setdefault(way, {})[score["task"]] = score["value"]
+            rows[way] = {name: score[name] for name in ("quantity", "space", "dim", "start")}
     lines = []
     for way, own in by_way.items():
         told_of = relative_performance(own, baseline, floor)
         figures = [told_of[f"{name}{bound}"] for name in ("e_rel", "gain") for bound in ("", "_low", "_high")]
         lines.append([way, len(own), told_of["mean_score"], pstdev(own.values()), *figures])
+        rows.get(way, {})["gain"] = told_of["gain"]
     text = table_text("way|n|mean score|over tasks|E_rel|from|to|gain|from|to", lines)
-    return text + pairs_text(by_way)
+    return text + needed_text([*rows.values()]) + pairs_text(by_way)
 
 
 def pairs_text(by_way: Mapping[str, Mapping[str, float]]) -> str:
