@@ -215,6 +215,17 @@ def test_rows_that_have_ended_go_through_the_model_no_more(folders: dict[str, Pa
     assert sizes[-4:] == [3, 2, 1, 1]
 
 
+def test_rows_of_all_lengths_share_a_pass(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a causal model no bit is promised beside neighbours; an encoder-decoder on a CPU would have a pass for each block."""
+    backbone = load_backbone(str(folders["llama"]), device="cpu")
+    rows = backbone.encode([Example("the owl sees " * n, ("bird",), ("bird", "owl")) for n in (1, 4, 8, 13)], prompt_length=3)
+    assert len({len(row.input_ids) // 16 for row in rows}) == 3
+    begin, sizes = Causal.begin, list[int]()
+    monkeypatch.setattr(Causal, "begin", lambda lm, given, ids: (sizes.append(len(ids)), begin(lm, given, ids))[1])
+    backbone.answer(prompts_of(backbone, 1), [(0, row) for row in rows])
+    assert sizes == [4]
+
+
 def test_long_answers_leave_half_of_the_positions_to_the_input(folders: dict[str, Path]) -> None:
     backbone = load_backbone(str(folders["gpt2"]), device="cpu")
     (row,) = backbone.encode([Example("the owl sees " * 5, ("one two " * 20,))], prompt_length=3, answer_limit=80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
@@ -12,9 +13,9 @@ from typing import Any
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
-from intrinsic_prompt_tuning.evaluation import relative_performance
+from intrinsic_prompt_tuning.evaluation import result_rows
 from intrinsic_prompt_tuning.files import write_bytes
-from intrinsic_prompt_tuning.report import make_report, needed_text, table_text
+from intrinsic_prompt_tuning.report import make_report, needed_text, rows_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 
@@ -42,35 +43,43 @@ def write_split(cache: Path, name: str, seen: Sequence[str], unseen: Sequence[st
     return file
 
 
-def splits_drawn(cache: Path, tasks: Sequence[str], every_task: Sequence[str]) -> list[Path]:
-    """Write four splits, drawn by seed 0, in each of which a fourth of some tasks is unseen, and every other task seen."""
-    drawn = random.Random(0).sample(tasks, len(tasks))
+def splits_drawn(cache: Path, tasks: Sequence[str], every_task: Sequence[str], seed: int = 0) -> list[Path]:
+    """Write four splits, drawn by a seed, in each of which a fourth of some tasks is unseen, and every other task seen."""
+    drawn = random.Random(seed).sample(tasks, len(tasks))
     folds = [drawn[n::4] for n in range(4)]
     return [
-        write_split(cache, f"fold-{n}", [task for task in every_task if task not in unseen], unseen)
+        write_split(cache, f"fold-{seed}-{n}", [task for task in every_task if task not in unseen], unseen)
         for n, unseen in enumerate(folds)
     ]
 
 
+def pooled(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one report (see `spread`) of scores in several splits, whichever subspace of a kind and dim each task had."""
+    scores = [s | {"subspace": None, "quantity": s["quantity"] + ", nearest" * (s["start"] == "nearest")} for s in told]
+    floor, baseline = (
+        {s["task"]: s["value"] for s in scores if s["quantity"] == stage} for stage in ("no prompt", "prompt tuning")
+    )
+    return {"scores": scores, "rows": result_rows([score for score in scores if score["space"]], baseline, floor)}
+
+
+def averaged(runs: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return scores with their means over runs."""
+    found = defaultdict[tuple[Any, ...], list[dict[str, Any]]](list)
+    for score in itertools.chain(*runs):
+        found[tuple(score[name] for name in ("task", "quantity", "space", "dim", "start"))].append(score)
+    return [own[0] | {"value": fmean(score["value"] for score in own)} for own in found.values()]
+
+
 def pooled_text(told: Sequence[dict[str, Any]]) -> str:
     """Write what unseen tasks of several splits score together, and what is above what, task by task."""
-    floor, baseline = (
-        {s["task"]: s["value"] for s in told if s["quantity"] == stage} for stage in ("no prompt", "prompt tuning")
-    )
-    by_way, rows = {"prompt tuning": baseline}, dict[str, dict[str, Any]]()
-    for score in told:
-        if score["space"]:
-            way = f"{score['quantity']} {score['space']} {score['dim']}" + " nearest" * (score["start"] == "nearest")
+    report, by_way = pooled(told), dict[str, dict[str, float]]()
+    for score in report["scores"]:
+        if score["space"] or score["quantity"] == "prompt tuning":
+            way = " ".join(str(score[name]) for name in ("quantity", "space", "dim") if score[name] is not None)
             by_way.setdefault(way, {})[score["task"]] = score["value"]
-            rows[way] = {name: score[name] for name in ("quantity", "space", "dim", "start")}
-    lines = []
-    for way, own in by_way.items():
-        told_of = relative_performance(own, baseline, floor)
-        figures = [told_of[f"{name}{bound}"] for name in ("e_rel", "gain") for bound in ("", "_low", "_high")]
-        lines.append([way, len(own), told_of["mean_score"], pstdev(own.values()), *figures])
-        rows.get(way, {})["gain"] = told_of["gain"]
-    text = table_text("way|n|mean score|over tasks|E_rel|from|to|gain|from|to", lines)
-    return text + needed_text([*rows.values()]) + pairs_text(by_way)
+    tuned = by_way["prompt tuning"].values()
+    text = f"prompt tuning: mean score {fmean(tuned):.3f}, standard deviation over tasks {pstdev(tuned):.3f}, n={len(tuned)}\n\n"
+    return text + rows_text(report["rows"], wide=True) + needed_text(report["rows"]) + pairs_text(by_way)
 
 
 def pairs_text(by_way: Mapping[str, Mapping[str, float]]) -> str:

@@ -4,7 +4,7 @@
     python tests/experiments/testbed.py needed --cache DIR        # dimensions that unseen tasks need: random spaces above 250
     python tests/experiments/testbed.py grids --cache DIR         # three learning rates a task on every side
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
-    python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, and starts near by
+    python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, starts near by
     python tests/experiments/testbed.py nearby --cache DIR        # known tasks: starts near by, and prompts of the other rows
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from shared import Spaces, every, pairs_text, pooled_text, reported, splits_drawn, write_split
+from shared import Spaces, averaged, every, pairs_text, pooled, pooled_text, reported, splits_drawn, write_split
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
@@ -119,22 +119,29 @@ def seeds(cache: Path) -> None:
 
 
 def folds(cache: Path) -> None:
-    """Each task that composes two parts is unseen once, in four splits; prompts and vectors also start from the nearest seen prompts."""
-    whole = experiment(cache)
+    """Each task that composes two parts is unseen once, in four splits, in three runs with other splits and seeds."""
+    whole, runs = experiment(cache), list[list[dict[str, Any]]]()
     tasks = [task for task in whole.roles if not whole.task(task).pretrained]
-    told = list[dict[str, Any]]()
-    for n, split in enumerate(splits_drawn(cache, tasks, [*whole.roles])):
-        x = experiment(cache, split=str(split), subspace_seed=n)  # else all splits would share one random space
-        unseen = x.named("unseen")
-        prompts = x.soft_prompts(x.named("seen", "unseen"))
-        collection = {task: prompts[task] for task in x.named("seen")}
-        spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
-        learned = [space for space in spaces if space.header["space"] == "subspace"]
-        near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
-        near += [own for s in learned for own in x.intrinsic_vectors(unseen, COLLECTION_SEED, s, "nearest").values()]
-        report = measure(x, prompts, spaces, more=near)
-        told += [score for score in report["scores"] if score["task"] in unseen]
-        ipt.echo(pooled_text(told))
+    for seed in range(3):
+        runs.append([])
+        for n, split in enumerate(splits_drawn(cache, tasks, [*whole.roles], seed)):
+            # A random space of its own for every split.
+            runs[-1] += scores_of_unseen(experiment(cache, split=str(split), seed=seed, subspace_seed=4 * seed + n))
+            ipt.echo(pooled_text(runs[-1]))
+    ipt.echo(spread_text(spread([*map(pooled, runs)])) + "means over the runs\n\n" + pooled_text(averaged(runs)))
+
+
+def scores_of_unseen(x: Experiment) -> list[dict[str, Any]]:
+    """Tune prompts and vectors of the unseen tasks, also from the nearest seen prompts; return all of their scores."""
+    unseen, prompts = x.named("unseen"), x.soft_prompts(x.named("seen", "unseen"))
+    collection = {task: prompts[task] for task in x.named("seen")}
+    spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
+    near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
+    for space in spaces:
+        if space.header["space"] == "subspace":
+            near += x.intrinsic_vectors(unseen, COLLECTION_SEED, space, "nearest").values()
+    report = measure(x, prompts, spaces, more=near)
+    return [score for score in report["scores"] if score["task"] in unseen]
 
 
 def nearby(cache: Path) -> None:
