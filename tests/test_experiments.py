@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -100,16 +101,15 @@ def test_real_language_has_every_task_unseen_once(
     assert [line.split()[0] for line in rates] == ["subspace", "low-rank", "linear"] and all(
         line.endswith("(n=2)") for line in rates
     )
-    pooled = printed[printed.index("over tasks") :].splitlines()
-    ways = {re.split("  +", line)[0]: re.split("  +", line)[1] for line in pooled[1 : pooled.index("")]}
-    assert set(ways.values()) == {str(len(names))}
+    ways, counts = pairs_of(printed)
+    assert counts == {str(len(names))}
     assert {
         "prompt tuning",
         "T_test(IST) subspace 4",
         f"T_test(IST) linear {len(names) - 3}",
         "T_test(nearest) nearest 0",
-    } <= set(ways)
-    assert any(way.startswith("T_test(warm start) prompt") for way in ways)
+    } <= ways
+    assert any(way.startswith("T_test(warm start), nearest prompt") for way in ways)
     unseen = [json.loads(file.read_text(encoding="utf-8"))["unseen"] for file in (tmp_path / "cache").glob("fold-*.yaml")]
     assert sorted(task for fold in unseen for task in fold) == sorted(names)
 
@@ -176,7 +176,7 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
         x: Experiment = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4, **given)
         if not given:
             composed = [task for task in x.roles if not x.task(task).pretrained]
-            kept[:] = composed[:8]
+            kept[:] = composed[:4]
         x.roles = {task: role for task, role in x.roles.items() if task in kept}
         return x
 
@@ -184,12 +184,24 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
     monkeypatch.setattr(testbed, "FOLD_SPACES", (("subspace", 4), ("low-rank", 250)))
     testbed.folds(tmp_path)
     printed = capsys.readouterr().out
-    pooled = printed[printed.rindex("way ") :]
-    last = printed[printed.rindex("over tasks") : printed.rindex("way ")]
-    assert "T_test(IST) subspace 4 nearest " in last and "T_test(warm start) prompt 3072 nearest " in last
-    assert pooled.count("prompt tuning") == len(last.strip().splitlines()) - 2
-    unseen = [set(yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"]) for file in sorted(tmp_path.glob("fold-*.yaml"))]
-    assert sorted(task for fold in unseen for task in fold) == sorted(kept) and len(unseen) == 4
+    ways, counts = pairs_of(printed[printed.index("means over the runs") :])
+    assert {"T_test(IST), nearest subspace 4", "T_test(warm start), nearest prompt 3072", "prompt tuning"} <= ways
+    assert counts == {"4"}
+    told = printed[printed.index("over runs with other") : printed.index("means over the runs")]
+    (learned,) = [line.split() for line in told.splitlines() if line.startswith("T_test(IST) ") and " subspace " in line]
+    means = re.findall(r"^prompt tuning: mean score ([\d.]+), .* n=4$", printed, re.MULTILINE)
+    assert learned[3] == "3" and len(means) == 4
+    assert float(means[-1]) == pytest.approx(sum(map(float, means[:3])) / 3, abs=1e-3)
+    for seed in range(3):
+        files = sorted(tmp_path.glob(f"fold-{seed}-*.yaml"))
+        unseen = [yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"] for file in files]
+        assert sorted(itertools.chain(*unseen)) == sorted(kept) and len(unseen) == 4
+
+
+def pairs_of(printed: str) -> tuple[set[str], set[str]]:
+    """Return the ways that the last table compares, and its numbers of tasks."""
+    lines = [re.split("  +", line) for line in printed[printed.rindex("way ") :].splitlines()[1:] if line]
+    return {way for line in lines for way in line[:2]}, {line[2] for line in lines}
 
 
 def test_the_testbed_compares_known_tasks_with_prompts_of_the_same_rows(
