@@ -13,7 +13,10 @@ from intrinsic_prompt_tuning.lazy import Tensor, np, torch
 from intrinsic_prompt_tuning.ranks import n_neighbours
 
 FEW = 4
-"""Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are filled up."""
+"""Rows of a matrix product under which a CPU takes another way, that rounds otherwise: so few are filled up.
+
+A newer CPU with AVX-512 was found to do so under 16 rows; there, neighbours change bits.
+"""
 
 
 @dataclass

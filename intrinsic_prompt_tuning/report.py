@@ -1,5 +1,6 @@
 """The paper's table of what the cache holds: scores on test rows, compared with prompt tuning."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -83,7 +84,7 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     baselines = [[f"{role} tasks", *row.values()] for role, row in report["prompt_tuning"].items()]
     text += table_text("prompt tuning|n|mean score|no prompt|one answer for all", baselines)
     text += rows_text(report["rows"], wide)
-    text += needed_text(report["rows"])
+    text += needed_text(report["dimensions_needed"], report["rows"])
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
     if brought := report.get("imported"):
@@ -113,14 +114,18 @@ def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"{title}\n\n{table_text(heads, cells)}"
 
 
-def needed_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write the dimensions needed, or nothing where no vector was tuned."""
-    needed = []
-    for space, own in dimensions_needed(rows).items():
+def needed_text(needed: Mapping[str, Mapping[str, float | None]], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write the dimensions needed by the rows of a report, or nothing where no vector was tuned."""
+    dims = defaultdict[tuple[str, str], list[int]](list)
+    for row in rows:
+        if row["start"] == "random":
+            dims[row["space"], row["quantity"]].append(row["dim"])
+    cells = []
+    for space, own in needed.items():
         for of, dim in own.items():
-            run = [row["dim"] for row in rows if (row["space"], row["quantity"], row["start"]) == (space, of, "random")]
-            needed.append([space, of, f"{'at most ' * (dim == min(run))}{dim:.1f}" if dim else "more"])
-    return table_text("space|quantity|dimensions needed for 90 % of gain", needed) if needed else ""
+            at_most = "at most " if dim and dim == min(dims[space, of], default=None) else ""
+            cells.append([space, of, f"{at_most}{dim:.1f}" if dim else "more"])
+    return table_text("space|quantity|dimensions needed for 90 % of gain", cells) if cells else ""
 
 
 def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:

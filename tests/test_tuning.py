@@ -18,7 +18,7 @@ from intrinsic_prompt_tuning import tuning
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.metrics import accuracy
-from intrinsic_prompt_tuning.passes import Budget
+from intrinsic_prompt_tuning.passes import FEW, Budget
 from intrinsic_prompt_tuning.spaces import Space, low_rank_space, scaled_space, untrained_space
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, load_tasks
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, Tuned, prompt_losses, tune
@@ -81,9 +81,17 @@ def test_a_job_alone_gives_what_it_gives_among_others(backbone: Backbone, tasks:
     assert max(moved) > 0.1
 
 
+def few_is_more_here() -> bool:
+    """Tell whether a matrix product of this CPU goes the way of small ones for more rows than `FEW`."""
+    x, weight = torch.randn(64, 512), torch.randn(128, 512)
+    whole = x @ weight.T
+    return any(not (x[:rows] @ weight.T).equal(whole[:rows]) for rows in range(FEW, 64))
+
+
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernels of other CPUs round in ways not measured"
 )
+@pytest.mark.skipif(few_is_more_here(), reason="this CPU rounds products of few rows in another way, and of more rows than FEW")
 @pytest.mark.parametrize(("kind", "dim"), [("prompt", 1024), ("random", 10), ("random", 250), ("low-rank", 264)])
 def test_on_the_testbed_neighbours_and_pass_sizes_change_no_bit(kind: str, dim: int) -> None:
     backbone, tasks = load_backbone("testbed"), load_tasks(TASKS_FILE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
-from intrinsic_prompt_tuning.evaluation import result_rows
+from intrinsic_prompt_tuning.evaluation import dimensions_needed, result_rows
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.report import make_report, needed_text, rows_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
@@ -79,7 +79,8 @@ def pooled_text(told: Sequence[dict[str, Any]]) -> str:
             by_way.setdefault(way, {})[score["task"]] = score["value"]
     tuned = by_way["prompt tuning"].values()
     text = f"prompt tuning: mean score {fmean(tuned):.3f}, standard deviation over tasks {pstdev(tuned):.3f}, n={len(tuned)}\n\n"
-    return text + rows_text(report["rows"], wide=True) + needed_text(report["rows"]) + pairs_text(by_way)
+    rows = report["rows"]
+    return text + rows_text(rows, wide=True) + needed_text(dimensions_needed(rows), rows) + pairs_text(by_way)
 
 
 def pairs_text(by_way: Mapping[str, Mapping[str, float]]) -> str:
