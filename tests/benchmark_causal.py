@@ -11,7 +11,8 @@ Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Si
     front  the engine, prompt in front
     end    the engine, prompt behind the input, each input having been through the model once before
     once   that one pass of all inputs of all steps, which a command pays a single time
-    AxK    with --processes: K processes of A at once on one device, each with its share of the tasks and a model of its own
+    AxK, frontxK, endxK    with --processes: K processes of that side at once on one device, each with its share of the tasks and
+           a model of its own
 
 Ratios are of seconds for the same steps on as many rows.
 """
@@ -46,7 +47,7 @@ SHAPE = {
 }  # fmt: skip
 
 
-def make_rows(tasks: int, seed: int = 0) -> list[list[Encoded]]:
+def make_rows(tasks: int, batch_size: int, seed: int = 0) -> list[list[Encoded]]:
     rng = random.Random(seed)
 
     def row() -> Encoded:
@@ -54,7 +55,7 @@ def make_rows(tasks: int, seed: int = 0) -> list[list[Encoded]]:
         answer = [rng.randrange(5, SHAPE["vocab_size"]) for _ in range(3)]
         return Encoded(ids, answer, [], Example("", ("",)), 3, False)
 
-    return [[row() for _ in range(32)] for _ in range(tasks)]
+    return [[row() for _ in range(max(32, batch_size))] for _ in range(tasks)]
 
 
 def engine(
@@ -118,38 +119,67 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
         Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([row.widths(20) for row in batch], work)
 
 
-def peft_process(
-    barrier: Any, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], steps: int, batch_size: int, threads: int
+def one_process(
+    barrier: Any, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], arguments: argparse.Namespace, threads: int
 ) -> None:
     """One of K: waits for the others before and after its work, so that the parent can time all of them."""
     torch.set_num_threads(threads)
     model = make()
-    peft_loop(model, rows[:1], 1, batch_size, full=False)  # warm
-    for _ in range(2):
-        barrier.wait()
-        peft_loop(model, rows, steps, batch_size, full=False)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        barrier.wait()
+    for name in arguments.at_once:
+        work = side_of(name, model, rows, arguments.batch_size)
+        for steps in (1, arguments.steps, arguments.steps):  # the first warms
+            barrier.wait(600)
+            work(steps)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            barrier.wait(600)
 
 
-def at_once(k: int, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], steps: int, batch_size: int) -> list[float]:
-    """Return the seconds that K processes of A need for all tasks together, of two rounds."""
+def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds that K processes of each side need for all tasks together, of two rounds."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, threads = context.Barrier(k + 1), max(1, torch.get_num_threads() // k)
-    shares = [rows[n::k] for n in range(k)]
-    processes = [context.Process(target=peft_process, args=(barrier, make, own, steps, batch_size, threads)) for own in shares]
+    make = partial(make_model, arguments.precision)
+    processes = [context.Process(target=one_process, args=(barrier, make, rows[n::k], arguments, threads)) for n in range(k)]
     for process in processes:
         process.start()
-    seconds = []
-    for _ in range(2):
-        barrier.wait(600)
-        begin = time.perf_counter()
-        barrier.wait(600)
-        seconds.append(time.perf_counter() - begin)
+    seconds: dict[str, list[float]] = {}
+    for name in arguments.at_once:
+        rounds = []
+        for _ in range(3):
+            barrier.wait(600)
+            begin = time.perf_counter()
+            barrier.wait(600)
+            rounds.append(time.perf_counter() - begin)
+        seconds[f"{name}x{k}"] = rounds[1:]
     for process in processes:
         process.join()
     return seconds
+
+
+def side_of(name: str, model: torch.nn.Module, rows: list[list[Encoded]], batch_size: int) -> Callable[[int], None]:
+    """Return what takes so many steps of all tasks in a side's way."""
+    if name in ("a", "A"):
+        return lambda steps: peft_loop(model, rows, steps, batch_size, full=name == "a")
+    if name == "bare":
+        return lambda steps: bare_loop(model, rows, steps, batch_size)
+    at: PromptAt = "front" if name == "front" else "end"
+    own = engine(model, rows, at, batch_size)
+    if name == "once":
+        return lambda steps: inputs_once(own[0].lm, rows)
+    if name == "end":
+        inputs_once(own[0].lm, rows)
+    return lambda steps: steps_of(own, steps)
+
+
+def inputs_once(lm: Any, rows: list[list[Encoded]]) -> None:
+    """Send each input through the model, as if none had been before."""
+    lm.kept.clear()
+    lm._kept_bytes = 0
+    inputs, many = [row.input_ids for own in rows for row in own], 8 if lm.model.device.type == "cpu" else 128
+    for start in range(0, len(inputs), many):
+        with torch.no_grad():
+            lm._inputs_once(inputs[start : start + many])
 
 
 def make_model(precision: str) -> torch.nn.Module:
@@ -168,20 +198,14 @@ def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: l
         print(
             f"{name}: {middle[name]:.3f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.3f}' for s in own)}"
         )
-    others = [name for name in ("a", "A", "bare") if name in middle]
     for k in arguments.processes:
-        both = at_once(k, partial(make_model, arguments.precision), rows, arguments.steps, arguments.batch_size)
-        others.append(f"Ax{k}")
-        middle[others[-1]] = min(both)
-        print(f"Ax{k}: {min(both):.3f} s, of {' '.join(f'{s:.3f}' for s in both)}")
-    print(
-        ", ".join(
-            f"{other}/{name} {middle[other] / middle[name]:.2f}"
-            for name in ("front", "end")
-            if name in middle
-            for other in others
-        )
-    )
+        for name, both in at_once(k, rows, arguments).items():
+            middle[name] = min(both)
+            print(f"{name}: {min(both):.3f} s, of {' '.join(f'{s:.3f}' for s in both)}", flush=True)
+    engines = [name for name in middle if name.startswith(("front", "end"))]
+    rivals = [name for name in middle if name not in (*engines, "once")]
+    for name in engines:
+        print(", ".join(f"{other}/{name} {middle[other] / middle[name]:.2f}" for other in rivals))
     for steps in (100, 1000) if {"a", "A", "once", "end"} <= middle.keys() else ():
         share = steps / arguments.steps
         whole = middle["once"] + share * middle["end"]
@@ -198,33 +222,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32", help="of the model, on all sides")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--processes", type=int, nargs="*", default=[], help="K of AxK, at most as many as tasks")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="K, at most as many as tasks")
+    parser.add_argument("--at-once", nargs="*", default=["A", "front", "end"], choices=["A", "front", "end"])
     arguments = parser.parse_args()
     model = make_model(arguments.precision)
     device: torch.device = model.device
-    rows = make_rows(arguments.tasks)
-    front = engine(model, rows, "front", arguments.batch_size)
-    end = engine(model, rows, "end", arguments.batch_size)
+    rows = make_rows(arguments.tasks, arguments.batch_size)
     print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")
-
-    def once(_: int) -> None:
-        end[0].lm.kept.clear()
-        end[0].lm._kept_bytes = 0
-        inputs = [own[n].input_ids for own in rows for n in range(len(own))]
-        many = 8 if device.type == "cpu" else 128
-        for start in range(0, len(inputs), many):
-            with torch.no_grad():
-                end[0].lm._inputs_once(inputs[start : start + many])
-
-    sides: dict[str, Callable[[int], None]] = {
-        "a": lambda steps: peft_loop(model, rows, steps, arguments.batch_size, full=True),
-        "A": lambda steps: peft_loop(model, rows, steps, arguments.batch_size, full=False),
-        "bare": lambda steps: bare_loop(model, rows, steps, arguments.batch_size),
-        "front": lambda steps: steps_of(front, steps),
-        "once": once,
-        "end": lambda steps: steps_of(end, steps),
-    }
-    sides = {name: side for name, side in sides.items() if name in arguments.sides}
+    sides = {name: side_of(name, model, rows, arguments.batch_size) for name in SIDES if name in arguments.sides}
     if device.type == "cuda":
         for side in sides.values():
             side(1)  # warm
