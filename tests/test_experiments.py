@@ -28,7 +28,7 @@ NAMES = ("mood-good", "thing-plural", "even-or-good")
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for it
     spec.loader.exec_module(module)
     return module
 
@@ -88,19 +88,22 @@ def test_real_language_has_every_task_unseen_once(
     model = tiny_llama(tmp_path, world)
     names = [*NAMES, *[task for task in tasks if task not in NAMES][:5]]
     for name in names:
-        write_few_shot(tmp_path / "first", tasks[name], 32, (100,))
+        write_few_shot(tmp_path / "first", tasks[name], 32, (100, 21))
     fewer = {"evaluations": 1, "subspace_steps": 1}
     monkeypatch.setattr(real_language, "FEW_STEPS", real_language.FEW_STEPS | fewer)
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": names[:6], "unseen": names[6:]})
     monkeypatch.setattr(real_language, "FOLD_SPACES", (("subspace", 4), ("low-rank", 8)))
     about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 9, "spaces": 9, "gpu_share": 1.0}
-    about |= {"steps": 2, "test_rows": 4}
+    about |= {"steps": 2, "test_rows": 4, "slots": 4, "splits": 4, "also": ["nearest", "other-data"]}
     real_language.folds(argparse.Namespace(data=[tmp_path / "first"], **about))
     printed = capsys.readouterr().out
     rates = [line for line in printed.splitlines() if ": validation rate 0.3 " in line and ", rate 1 " in line]
     assert [line.split()[0] for line in rates] == ["subspace", "low-rank", "linear"] and all(
         line.endswith("(n=2)") for line in rates
     )
+    printed, _, known = printed.partition("other data of the first split's seen tasks")
+    ways, counts = pairs_of(known)
+    assert counts == {str(len(names) - 2)} and {"prompt tuning", "T_train_diff(IST) subspace 4"} <= ways
     ways, counts = pairs_of(printed)
     assert counts == {str(len(names))}
     assert {

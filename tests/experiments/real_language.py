@@ -21,7 +21,7 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
             few steps that the README names for CPUs, or `--steps`; 50 test rows a task, or `--test-rows`; one learning rate for
             prompts (1.0), and for the vectors of each space that of two which has the better mean on the validation rows of the
-            first split's unseen tasks.
+            first split's unseen tasks. `--also other-data` tunes the first split's seen tasks on other data, too, in its spaces.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import itertools
 import json
 import random
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -168,50 +169,87 @@ def ruled(arguments: argparse.Namespace, change: dict[str, Any]) -> tuple[Path, 
     return split, first
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A split with what is found in it."""
+
+    x: Experiment
+    seen: dict[str, Choice]
+    """Its seen tasks' prompts."""
+    unseen: dict[str, Choice]
+    """Its unseen tasks' prompts."""
+    spaces: list[Result]
+
+    def vectors(self, number: int, rate: float, data_seed: int = COLLECTION_SEED) -> list[Choice]:
+        """Return the vectors in one of the spaces: of the unseen tasks, or of the seen ones on other data."""
+        tasks = self.unseen if data_seed == COLLECTION_SEED else self.seen
+        return [*with_rate(self.x, rate).intrinsic_vectors(tasks, data_seed, self.spaces[number]).values()]
+
+    def from_nearest(self) -> list[Choice]:
+        """Return prompts of the unseen tasks that start from the nearest seen one."""
+        return [*self.x.soft_prompts(self.unseen, near=[*self.seen.values()]).values()]
+
+    def make(self, what: str, choices: Sequence[Choice], prompts: dict[str, Choice], spaces: Sequence[Result] = ()) -> None:
+        """Tune and score, unless another process does."""
+        if begins(self.x.cache, f"{self.x.options.split} {what}"):
+            self.x.make([*every(choices), *self.x.scores(prompts, spaces, choices)])
+
+
 def folds(arguments: argparse.Namespace) -> None:
     """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
-    change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows}
-    split, first = ruled(arguments, change)
-    kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
-    splits = splits_drawn(arguments.cache, sorted(kept), sorted(kept))
-    xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, first) for n, file in enumerate(splits)]
-    kinds_and_dims = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
+    splits = found_folds(arguments)
+    first, rates = splits[0], dict[int, float]()
+    numbers = range(len(first.spaces))
 
+    def work_in(number: int) -> None:
+        if number not in rates:
+            rates[number] = better_rate(with_rate(first.x, *VECTOR_RATES), first.spaces[number])
+        for split in splits:
+            split.make(f"space {number}", split.vectors(number, rates[number]), split.unseen, [split.spaces[number]])
+
+    own = (number for number in numbers if begins(arguments.cache, f"space {number}"))
+    for number in itertools.chain(own, numbers):  # every process begins with spaces of its own, and then helps the others
+        work_in(number)
+    nearby = [split.from_nearest() if "nearest" in arguments.also else [] for split in splits]
+    for split, prompts in zip(splits, nearby, strict=True):
+        split.make("from the nearest", prompts, split.unseen)
+    others = (
+        [first.vectors(number, rates[number], OTHER_SEEDS[0]) for number in numbers] if "other-data" in arguments.also else []
+    )
+    for number, vectors in enumerate(others):
+        first.make(f"other data {number}", vectors, first.seen, [first.spaces[number]])
+
+    told = list[dict[str, Any]]()
+    for split, prompts in zip(splits, nearby, strict=True):
+        tuned = [choice for number in numbers for choice in split.vectors(number, rates[number])]
+        told += reported(split.x, split.unseen, split.spaces, tuned + prompts)["scores"]
+    ipt.echo(pooled_text(told))
+    if others:
+        ipt.echo("other data of the first split's seen tasks")
+        ipt.echo(pooled_text(reported(first.x, first.seen, first.spaces, [*itertools.chain(*others)])["scores"]))
+
+
+def found_folds(arguments: argparse.Namespace) -> list[Fold]:
+    """Make the prompts and the spaces of four splits of the tasks that the rule keeps."""
+    change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows, "slots": arguments.slots}
+    split, candidates = ruled(arguments, change)
+    kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
+    files = splits_drawn(arguments.cache, sorted(kept), sorted(kept))[: arguments.splits]
+    xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, candidates) for n, file in enumerate(files)]
+    asked = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
     for x in xs:  # learned spaces are found side by side, by one process
         if begins(arguments.cache, f"{x.options.split} spaces"):
-            found(x, kinds_and_dims)
-    first_split = with_rate(xs[0], *VECTOR_RATES)
-    rates = [better_rate(first_split, space) for space in found(xs[0], kinds_and_dims)[2]]
-
-    def described(x: Experiment) -> tuple[dict[str, Choice], list[Result], list[dict[str, Choice]]]:
-        """Return the unseen tasks' prompts, the spaces, and what is tuned in each space; with all spaces, from the nearest prompt."""
-        collection, unseen, spaces = found(x, kinds_and_dims)
-        tuned = [
-            with_rate(x, rate).intrinsic_vectors(unseen, COLLECTION_SEED, space)
-            for rate, space in zip(rates, spaces, strict=True)
-        ]
-        if arguments.spaces > len(FOLD_SPACES):
-            tuned.append(x.soft_prompts(unseen, near=[*collection.values()]))
-        return unseen, spaces, tuned
-
-    for x in xs:
-        for number, own in enumerate(described(x)[2]):
-            if begins(arguments.cache, f"{x.options.split} {number}"):
-                x.make(every(own.values()))
-    told = list[dict[str, Any]]()
-    for x in xs:
-        unseen, spaces, tuned = described(x)
-        told += reported(x, unseen, spaces, [choice for own in tuned for choice in own.values()])["scores"]
-    ipt.echo(pooled_text(told))
+            found(x, asked)
+    return [found(x, asked) for x in xs]
 
 
-def found(x: Experiment, asked: Spaces) -> tuple[dict[str, Choice], dict[str, Choice], list[Result]]:
-    """Make the prompts and the spaces; return the seen and the unseen tasks' prompts, and the spaces."""
+def found(x: Experiment, asked: Spaces) -> Fold:
+    """Make the prompts and the spaces of a split."""
     prompts = x.soft_prompts(x.named("seen", "unseen"))
-    collection, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
-    spaces = [x.subspace(kind, dim, collection) for kind, dim in asked]
-    x.make([*every(prompts.values()), *spaces])
-    return collection, unseen, spaces
+    seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
+    fold = Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked])
+    x.make([*every(prompts.values()), *fold.spaces])
+    return fold
 
 
 def with_rate(x: Experiment, *rates: float) -> Experiment:
@@ -272,6 +310,7 @@ SPACES: Spaces = (
 )  # fmt: skip
 FOLD_SPACES: Spaces = (
     ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
+    ("subspace", 5), ("random", 5), ("random", 1162),
 )  # fmt: skip
 VECTOR_RATES = (0.3, 1.0)
 MOST_TELLING = 5
@@ -377,11 +416,15 @@ def main() -> None:
         "--precision", default="fp32", help="bf16 is twice as fast on a CPU that multiplies it (AVX512-BF16, AMX)"
     )
     parser.add_argument("--challenges", nargs="+", default=["seen", "unseen"], choices=["seen", "unseen"], help="in this order")
-    parser.add_argument(
-        "--spaces", type=int, default=len(SPACES), help="so many of them, the most telling first; 0: only prompts"
-    )
+    parser.add_argument("--spaces", type=int, help="so many of them, the most telling first, instead of all; 0: only prompts")
     parser.add_argument("--steps", type=int, default=FEW_STEPS["steps"], help="of a job of `folds`")
     parser.add_argument("--test-rows", type=int, default=FEW_STEPS["test_rows"], help="of a task of `folds`")
+    parser.add_argument(
+        "--slots", type=int, default=FEW_STEPS["slots"], help="jobs of `folds` that are tuned at once; 16 on a GPU"
+    )
+    parser.add_argument(
+        "--also", nargs="*", default=["nearest"], choices=["nearest", "other-data"], help="what `folds` tunes, too"
+    )
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
     arguments = parser.parse_args()
