@@ -110,7 +110,7 @@ def pass_sizes(lengths: Sequence[int], tokens: int) -> list[int]:
 
 
 def memory_share() -> float:
-    """Return the share of the GPU's memory that has been in use at most since last asked; 1 on a CPU.
+    """Return which share of its part of the GPU's memory this rank has used at most since last asked; 1 on a CPU.
 
     On a CPU the passes that fit its caches are the fastest (`tests/benchmark.py --budgets`), so its memory is not to be filled.
     """
@@ -118,13 +118,17 @@ def memory_share() -> float:
         return 1.0
     share = torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.reset_peak_memory_stats()
-    return share
+    return share * _ranks_a_gpu()
+
+
+def _ranks_a_gpu() -> int:
+    return -(-n_neighbours() // torch.cuda.device_count())
 
 
 def available_memory(device: torch.device) -> float:
     """Return about how many bytes are free for this process, ranks on the same device sharing alike."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0]) / -(-n_neighbours() // torch.cuda.device_count())
+        return float(torch.cuda.mem_get_info(device)[0]) / _ranks_a_gpu()
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         return 1024.0 * int(lines["MemAvailable"].split()[0]) / n_neighbours()

@@ -138,3 +138,12 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, en
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert available_memory(CPU) == 4096000 / share
+
+    gpu: Any = SimpleNamespace(type="cuda")
+    about = SimpleNamespace(total_memory=80)
+    for name, value in {
+        "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_properties": about, "mem_get_info": (40, 80),
+        "max_memory_allocated": 8, "reset_peak_memory_stats": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert (passes.memory_share(), available_memory(gpu)) == (0.1 * share, 40 / share)
