@@ -495,3 +495,17 @@ def test_a_row_without_a_most_likely_option_is_no_answer(bart: Backbone) -> None
     broken = torch.full((1, 1, bart.hidden), math.nan)
     with pytest.raises(IptError, match="nan: no option of 'the owl' is the most likely"):
         bart.answer(broken, [(0, row)], losses=False)
+
+
+def test_an_option_that_has_no_likelihood_is_not_the_most_likely(bart: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = bart.encode([Example("the owl", ("fish",), ("fish", "bird"))], prompt_length=1)
+    losses_of = Backbone._text_losses
+    for right in (0, 1):  # whichever of the two comes first
+
+        def broken(self: Backbone, begun: Any, texts: list[Any], width: int, right: int = right) -> dict[Any, float]:
+            wrong = tuple(row.option_ids[1 - right])
+            return {text: math.nan if text[1] == wrong else loss for text, loss in losses_of(self, begun, texts, width).items()}
+
+        monkeypatch.setattr(Backbone, "_text_losses", broken)
+        (answer,) = bart.answer(random_prompts(bart, 1), [(0, row)])
+        assert answer.text == ("fish", "bird")[right] and math.isnan(answer.option_losses[1 - right])
