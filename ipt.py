@@ -179,7 +179,7 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
             small = values.get("backbone") in (None, TESTBED) and values.get("device") in (None, "auto", "cpu")
             count = values.pop("processes", None) or n_processes(small)
             terminal = Terminal(verbose=bool(values["verbose"]), log=values["log"])
-            terminal.quiet = bool(values["quiet"])
+            terminal.quiet = bool(values["quiet"]) and not values.get("dry_run")  # a plan is what was asked for
             try:
                 if Sharing in groups and n_ranks() == 1 and count > 1:
                     terminal.quiet = True  # the first of them says how to go on

@@ -34,12 +34,12 @@ def tuned_prompts(
     Raises:
         IptError: a task has none.
     """
+    if like and source not in ("best", "vector"):
+        raise IptError(f"--from {source} has no --dim, only best and vector have")
     if source not in ("best", "prompt", "vector", "collected"):
         if len(tasks) != 1 or not Path(source).exists():
             raise IptError(f"--from is '{source}', expected best, prompt, vector, or, with one --task, a file that is there")
         return {tasks[0]: read_prompt(x, Path(source), tasks[0])}
-    if like and source not in ("best", "vector"):
-        raise IptError(f"--from {source} is no vector, and has no --dim")
     found, like = list(x.found_prompts(tasks).values()) if source != "vector" else [], like or {}
     if source != "collected":  # what a vector's subspace was made of is not needed
         for choice in x.found_vectors(x.found("subspace"), tasks):

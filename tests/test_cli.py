@@ -298,6 +298,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing_but_rows(cli: Cli, tmp_path
     scores = 3 * 7 + 2 * 7 + 4 * 7 + 2 * 2
     assert re.search(rf"^plan: {scores} scores to make, 0 made before; {measured}$", result.err, re.MULTILINE)
     assert re.search(r"^plan: all of it, if no job ends early; [\d hmins]+$", result.err, re.MULTILINE)
+    assert "plan: 7 soft prompts to make" in assert_done(cli("collect", "--dry-run", "--quiet", *SHORT)).err
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["samples"]
 
 

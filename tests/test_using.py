@@ -129,9 +129,10 @@ def test_a_line_can_call_its_input_as_one_s_own_table_does(
     assert done.code == 1 and "not answered: line 3: expected text in input" in done.err and "line 4: expected" in done.err
 
 
-def test_a_prompt_has_no_dim(tuned: tuple[Path, Cli]) -> None:
-    done = tuned[1]("predict", "--task", "mood-good", "--from", "prompt", "--dim", 4)
-    assert done.code == 1 and "--from prompt is no vector, and has no --dim" in done.err
+def test_neither_a_prompt_nor_a_file_has_a_dim(tuned: tuple[Path, Cli]) -> None:
+    for source in ("prompt", next(tuned[0].glob("*/intrinsic-vectors/*"))):
+        done = tuned[1]("predict", "--task", "mood-good", "--from", source, "--dim", 4)
+        assert done.code == 1 and f"--from {source} has no --dim" in done.err
 
 
 def test_a_task_without_anything_tuned_names_the_command_that_makes_it(
