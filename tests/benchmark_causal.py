@@ -78,12 +78,20 @@ def steps_of(side: tuple, steps: int) -> None:
     float(side[2].state["last_loss"].sum())  # waits for the device
 
 
-def peft_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, batch_size: int, *, full: bool) -> None:
-    longest = max(len(row.input_ids) + len(row.target_ids) for own in rows for row in own)
+def peft_jobs(model: torch.nn.Module, rows: list[list[Encoded]]) -> list[tuple[Any, torch.optim.Optimizer, list[Encoded]]]:
+    """Return PEFT's model of each task around the one backbone, its optimizer, and its rows."""
+    jobs = list[tuple[Any, torch.optim.Optimizer, list[Encoded]]]()
     for own in rows:
         config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20)
-        tuned = get_peft_model(model, config).train()
-        optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=0.3)
+        tuned: Any = get_peft_model(model, config)  # a Llama has no dropout, so train() would change nothing
+        jobs.append((tuned, torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=0.3), own))
+    return jobs
+
+
+def peft_loop(jobs: list[tuple[Any, torch.optim.Optimizer, list[Encoded]]], steps: int, batch_size: int, *, full: bool) -> None:
+    """Tune one task after the other."""
+    longest = max(len(row.input_ids) + len(row.target_ids) for *_, own in jobs for row in own)
+    for tuned, optimizer, own in jobs:
         for number in range(steps):
             batch = [own[n] for n in minibatch(len(own), batch_size, 100, number)]
             width = longest if full else max(len(row.input_ids) + len(row.target_ids) for row in batch)
@@ -91,14 +99,13 @@ def peft_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
             ids = [[0] * gap + row.input_ids + row.target_ids for gap, row in zip(gaps, batch, strict=True)]
             labels = [[-100] * (width - len(row.target_ids)) + row.target_ids for row in batch]
             mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
-            on_device = (torch.tensor(values, device=model.device) for values in (ids, mask, labels))
+            on_device = (torch.tensor(values, device=tuned.device) for values in (ids, mask, labels))
             tuned(**dict(zip(("input_ids", "attention_mask", "labels"), on_device, strict=True))).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    model.eval()
 
 
-def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, batch_size: int) -> None:
+def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, batch_size: int, budget: Budget) -> None:
     """The same rows through the model with 20 embeddings in front, sorted by length, in passes as large as the engine's."""
     for number in range(steps):
         batch = [own[n] for own in rows for n in minibatch(len(own), batch_size, 100, number)]
@@ -116,23 +123,27 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
                 labels[row, end - len(batch[n].target_ids) : end] = torch.tensor(batch[n].target_ids)
             model(inputs_embeds=embeddings.requires_grad_(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
 
-        Budget(1 << 10 if model.device.type == "cpu" else 1 << 15).in_passes([row.widths(20) for row in batch], work)
+        budget.in_passes([row.widths(20) for row in batch], work)
 
 
 def one_process(
     barrier: Any, make: Callable[[], torch.nn.Module], rows: list[list[Encoded]], arguments: argparse.Namespace, threads: int
 ) -> None:
     """One of K: waits for the others before and after its work, so that the parent can time all of them."""
-    torch.set_num_threads(threads)
-    model = make()
-    for name in arguments.at_once:
-        work = side_of(name, model, rows, arguments.batch_size)
-        for steps in (1, arguments.steps, arguments.steps):  # the first warms
-            barrier.wait(600)
-            work(steps)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            barrier.wait(600)
+    try:
+        torch.set_num_threads(threads)
+        model = make()
+        for name in arguments.at_once:
+            work = side_of(name, model, rows, arguments.batch_size)
+            for steps in (1, arguments.steps, arguments.steps):  # the first warms
+                barrier.wait(600)
+                work(steps)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                barrier.wait(600)
+    except BaseException:
+        barrier.abort()  # the others need not wait
+        raise
 
 
 def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -160,9 +171,11 @@ def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) ->
 def side_of(name: str, model: torch.nn.Module, rows: list[list[Encoded]], batch_size: int) -> Callable[[int], None]:
     """Return what takes so many steps of all tasks in a side's way."""
     if name in ("a", "A"):
-        return lambda steps: peft_loop(model, rows, steps, batch_size, full=name == "a")
+        jobs = peft_jobs(model, rows)
+        return lambda steps: peft_loop(jobs, steps, batch_size, full=name == "a")
     if name == "bare":
-        return lambda steps: bare_loop(model, rows, steps, batch_size)
+        budget = first_budgets(model.device, "front")[0]
+        return lambda steps: bare_loop(model, rows, steps, batch_size, budget)
     at: PromptAt = "front" if name == "front" else "end"
     own = engine(model, rows, at, batch_size)
     if name == "once":
@@ -200,8 +213,8 @@ def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: l
         )
     for k in arguments.processes:
         for name, both in at_once(k, rows, arguments).items():
-            middle[name] = min(both)
-            print(f"{name}: {min(both):.3f} s, of {' '.join(f'{s:.3f}' for s in both)}", flush=True)
+            middle[name] = statistics.median(both)
+            print(f"{name}: {middle[name]:.3f} s, of {' '.join(f'{s:.3f}' for s in both)}", flush=True)
     engines = [name for name in middle if name.startswith(("front", "end"))]
     rivals = [name for name in middle if name not in (*engines, "once")]
     for name in engines:

@@ -38,6 +38,13 @@ def tiny_llama(folder: Path, world: World, *, chat: bool = False) -> Path:
     return save_model(model, "llama", world, chat=chat)
 
 
+def asked(script: ModuleType, part: str, model: Path, folder: Path, data: list[str], *more: object) -> argparse.Namespace:
+    """Return what a command line asks the script for."""
+    words = [part, "--backbone", model, "--cache", folder / "cache", "--data", *(folder / name for name in data), *more]
+    arguments: argparse.Namespace = script.parser().parse_args([str(word) for word in words])
+    return arguments
+
+
 def write_few_shot(folder: Path, task: Task, k: int, seeds: tuple[int, ...]) -> None:
     """Write a task's rows as few-shot files that call their number K."""
     own = folder / task.name
@@ -63,20 +70,17 @@ def test_real_language_prints_a_table_after_each_part(
     monkeypatch.setattr(real_language, "settings", lambda arguments: usual(arguments) | fewer)
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": [*NAMES[:2]], "unseen": [NAMES[2]]})
     monkeypatch.setattr(real_language, "SPACES", (("random", 4), ("subspace", 4), ("subspace", 2)))
-    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 3, "seeds": 2, "gpu_share": 1.0}
-    about |= {"challenges": ["seen", "unseen"], "spaces": 9}
-    arguments = argparse.Namespace(data=[tmp_path / "first", tmp_path / "second"], **about)
-    real_language.subspaces(arguments)
+    command = ("subspaces", model, tmp_path, ["first", "second"], "--tasks", 3)
+    real_language.subspaces(asked(real_language, *command, "--seeds", 2))
     printed = capsys.readouterr().out
     assert sorted(json.loads((tmp_path / "cache" / "candidates.yaml").read_text(encoding="utf-8"))["seen"]) == sorted(NAMES)
     assert printed.count("T_test(IST)") >= 2 * 3 and printed.count("T_train_diff(IST)") >= 2 * 3
     assert printed.index("seed 0") < printed.index("seed 1") < printed.index("over runs with other orders")
     own = (tmp_path / "cache" / "data" / NAMES[0] / f"{NAMES[0]}_32_100_train.jsonl").resolve()
     assert own == (tmp_path / "first" / NAMES[0] / own.name).resolve()  # the first folder's, where both have a task
-    real_language.subspaces(arguments)
+    real_language.subspaces(asked(real_language, *command, "--seeds", 2))
     assert capsys.readouterr().out == printed  # all was there
-    arguments.spaces, arguments.seeds = 0, 1
-    real_language.subspaces(arguments)
+    real_language.subspaces(asked(real_language, *command, "--spaces", 0))
     (only,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unseen tasks ")]
     assert only in printed  # prompt tuning beside no prompt and one answer for all
 
@@ -93,9 +97,11 @@ def test_real_language_has_every_task_unseen_once(
     monkeypatch.setattr(real_language, "FEW_STEPS", real_language.FEW_STEPS | fewer)
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": names[:6], "unseen": names[6:]})
     monkeypatch.setattr(real_language, "FOLD_SPACES", (("subspace", 4), ("low-rank", 8)))
-    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "tasks": 9, "spaces": 9, "gpu_share": 1.0}
-    about |= {"steps": 2, "test_rows": 4, "slots": 4, "splits": 4, "also": ["nearest", "other-data"]}
-    real_language.folds(argparse.Namespace(data=[tmp_path / "first"], **about))
+    command = ("folds", model, tmp_path, ["first"], "--tasks", 9, "--steps", 2, "--test-rows", 4, "--also")
+    real_language.folds(asked(real_language, *command, "--splits", 2))
+    ways, counts = pairs_of(capsys.readouterr().out)
+    assert counts == {"4"} and not any("nearest prompt" in way for way in ways)
+    real_language.folds(asked(real_language, *command, "nearest", "other-data"))
     printed = capsys.readouterr().out
     rates = [line for line in printed.splitlines() if ": validation rate 0.3 " in line and ", rate 1 " in line]
     assert [line.split()[0] for line in rates] == ["subspace", "low-rank", "linear"] and all(
@@ -129,8 +135,7 @@ def test_real_language_compares_settings_task_by_task(
     monkeypatch.setattr(real_language, "settings", lambda arguments: usual(arguments) | {"split": str(tmp_path / "split.yaml")})
     monkeypatch.setattr(real_language, "DEFAULTS_TASKS", NAMES)
     monkeypatch.setattr(real_language, "CHANGES", ({"steps": 2}, {"steps": 2, "chat": True}))
-    about = {"backbone": str(model), "cache": tmp_path / "cache", "precision": "fp32", "gpu_share": 1.0}
-    arguments = argparse.Namespace(data=[tmp_path / "data"], **about)
+    arguments = asked(real_language, "defaults", model, tmp_path, ["data"])
     real_language.defaults(arguments)
     plain, written = capsys.readouterr().out.splitlines()
     assert plain.startswith('{"steps": 2}: validation 0.') and written.startswith('{"steps": 2, "chat": true}: validation 0.')
@@ -187,14 +192,15 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
     monkeypatch.setattr(testbed, "FOLD_SPACES", (("subspace", 4), ("low-rank", 250)))
     testbed.folds(tmp_path)
     printed = capsys.readouterr().out
-    ways, counts = pairs_of(printed[printed.index("means over the runs") :])
+    ways, counts = pairs_of(printed[printed.rindex("means over the runs") :])
     assert {"T_test(IST), nearest subspace 4", "T_test(warm start), nearest prompt 3072", "prompt tuning"} <= ways
     assert counts == {"8"}
-    told = printed[printed.index("over runs with other") : printed.index("means over the runs")]
+    told = printed[printed.rindex("over runs with other") : printed.rindex("means over the runs")]
     (learned,) = [line.split() for line in told.splitlines() if line.startswith("T_test(IST) ") and " subspace " in line]
     means = re.findall(r"^prompt tuning: mean score ([\d.]+), .* n=8$", printed, re.MULTILINE)
-    assert learned[3] == "3" and len(means) == 4
-    assert float(means[-1]) == pytest.approx(sum(map(float, means[:3])) / 3, abs=1e-3)
+    first, second, of_two, third, of_three = map(float, means)
+    assert learned[3] == "3" and of_two == pytest.approx((first + second) / 2, abs=1e-3)
+    assert of_three == pytest.approx((first + second + third) / 3, abs=1e-3)
     for seed in range(3):
         files = sorted(tmp_path.glob(f"fold-{seed}-*.yaml"))
         unseen = [yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"] for file in files]

@@ -21,7 +21,8 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
             few steps that the README names for CPUs, or `--steps`; 50 test rows a task, or `--test-rows`; one learning rate for
             prompts (1.0), and for the vectors of each space that of two which has the better mean on the validation rows of the
-            first split's unseen tasks. `--also other-data` tunes the first split's seen tasks on other data, too, in its spaces.
+            first split's unseen tasks. `--splits 2` does the first two, `--also other-data` the first one's seen tasks on other
+            data instead of prompts that start nearby.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -180,9 +181,8 @@ class Fold:
     """Its unseen tasks' prompts."""
     spaces: list[Result]
 
-    def vectors(self, number: int, rate: float, data_seed: int = COLLECTION_SEED) -> list[Choice]:
-        """Return the vectors in one of the spaces: of the unseen tasks, or of the seen ones on other data."""
-        tasks = self.unseen if data_seed == COLLECTION_SEED else self.seen
+    def vectors(self, tasks: Iterable[str], number: int, rate: float, data_seed: int = COLLECTION_SEED) -> list[Choice]:
+        """Return the vectors of some tasks in one of the spaces."""
         return [*with_rate(self.x, rate).intrinsic_vectors(tasks, data_seed, self.spaces[number]).values()]
 
     def from_nearest(self) -> list[Choice]:
@@ -205,23 +205,25 @@ def folds(arguments: argparse.Namespace) -> None:
         if number not in rates:
             rates[number] = better_rate(with_rate(first.x, *VECTOR_RATES), first.spaces[number])
         for split in splits:
-            split.make(f"space {number}", split.vectors(number, rates[number]), split.unseen, [split.spaces[number]])
+            vectors = split.vectors(split.unseen, number, rates[number])
+            split.make(f"space {number}", vectors, split.unseen, [split.spaces[number]])
 
+    # Every process begins with spaces of its own, and claims the next when one is done; then it helps the others.
     own = (number for number in numbers if begins(arguments.cache, f"space {number}"))
-    for number in itertools.chain(own, numbers):  # every process begins with spaces of its own, and then helps the others
+    for number in itertools.chain(own, numbers):
         work_in(number)
     nearby = [split.from_nearest() if "nearest" in arguments.also else [] for split in splits]
     for split, prompts in zip(splits, nearby, strict=True):
         split.make("from the nearest", prompts, split.unseen)
-    others = (
-        [first.vectors(number, rates[number], OTHER_SEEDS[0]) for number in numbers] if "other-data" in arguments.also else []
-    )
+    others = list[list[Choice]]()
+    if "other-data" in arguments.also:
+        others += [first.vectors(first.seen, number, rates[number], OTHER_SEEDS[0]) for number in numbers]
     for number, vectors in enumerate(others):
         first.make(f"other data {number}", vectors, first.seen, [first.spaces[number]])
 
     told = list[dict[str, Any]]()
     for split, prompts in zip(splits, nearby, strict=True):
-        tuned = [choice for number in numbers for choice in split.vectors(number, rates[number])]
+        tuned = [choice for number in numbers for choice in split.vectors(split.unseen, number, rates[number])]
         told += reported(split.x, split.unseen, split.spaces, tuned + prompts)["scores"]
     ipt.echo(pooled_text(told))
     if others:
@@ -230,7 +232,7 @@ def folds(arguments: argparse.Namespace) -> None:
 
 
 def found_folds(arguments: argparse.Namespace) -> list[Fold]:
-    """Make the prompts and the spaces of four splits of the tasks that the rule keeps."""
+    """Make the prompts and the spaces of the first of four splits of the tasks that the rule keeps, so many as are asked for."""
     change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows, "slots": arguments.slots}
     split, candidates = ruled(arguments, change)
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
@@ -405,7 +407,7 @@ def split_by_validation(x: Experiment) -> dict[str, list[str]]:
 PARTS = (placement, defaults, chat, subspaces, folds)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--backbone", required=True)
@@ -420,14 +422,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=FEW_STEPS["steps"], help="of a job of `folds`")
     parser.add_argument("--test-rows", type=int, default=FEW_STEPS["test_rows"], help="of a task of `folds`")
     parser.add_argument(
-        "--slots", type=int, default=FEW_STEPS["slots"], help="jobs of `folds` that are tuned at once; 16 on a GPU"
+        "--splits", type=int, default=4, choices=range(1, 5), help="so many of the four of `folds`, the first drawn"
     )
+    parser.add_argument("--slots", type=int, default=FEW_STEPS["slots"], help="jobs of `folds` tuned at once; on a GPU try 16")
     parser.add_argument(
-        "--also", nargs="*", default=["nearest"], choices=["nearest", "other-data"], help="what `folds` tunes, too"
-    )
+        "--also", nargs="*", default=["nearest"], choices=["nearest", "other-data"],
+        help="what `folds` tunes besides: prompts that start nearby, the first split's seen tasks on other data",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(OTHER_SEEDS) + 1))
     parser.add_argument("--gpu-share", type=float, default=1.0, help="of the GPU's memory, for one of several terminals")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     {part.__name__: part for part in PARTS}[arguments.what](arguments)
 
 

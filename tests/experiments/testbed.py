@@ -128,7 +128,8 @@ def folds(cache: Path) -> None:
             # A random space of its own for every split.
             runs[-1] += scores_of_unseen(experiment(cache, split=str(split), seed=seed, subspace_seed=4 * seed + n))
             ipt.echo(pooled_text(runs[-1]))
-    ipt.echo(spread_text(spread([*map(pooled, runs)])) + "means over the runs\n\n" + pooled_text(averaged(runs)))
+        if seed:
+            ipt.echo(spread_text(spread([*map(pooled, runs)])) + "means over the runs\n\n" + pooled_text(averaged(runs)))
 
 
 def scores_of_unseen(x: Experiment) -> list[dict[str, Any]]:
