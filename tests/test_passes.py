@@ -147,3 +147,5 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, en
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert (passes.memory_share(), available_memory(gpu)) == (0.1 * share, 40 / share)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert available_memory(gpu) == 40 / max(1, share / 2)
