@@ -88,9 +88,9 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
     if brought := report.get("imported"):
-        text += f"prompt tuning is an imported prompt on {len(brought)} tasks: {', '.join(brought)}\n"
+        text += f"prompt tuning is an imported prompt on {len(brought)} task{'s' * (len(brought) > 1)}: {', '.join(brought)}\n"
     if poor := report["no_better_than_no_prompt"]:
-        text += f"prompt tuning is no better than no prompt on {len(poor)} tasks: {', '.join(poor)}\n"
+        text += f"prompt tuning is no better than no prompt on {len(poor)} task{'s' * (len(poor) > 1)}: {', '.join(poor)}\n"
     if wide and report["rows_without_pretrained"]:
         text += "seen tasks without those whose very question the backbone was trained on\n\n"
         text += rows_text(report["rows_without_pretrained"], wide)

@@ -1228,6 +1228,13 @@ def test_the_dimensions_needed_stand_below_the_table(capsys: pytest.CaptureFixtu
     assert ["subspace", "T_test(IST)", "7.2"] in lines and ["random", "T_test(IST)", "more"] in lines
 
 
+def test_one_task_on_which_prompt_tuning_does_nothing_is_one_task(capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"backbone": "b", "split": "s", "prompt_tuning": {}, "rows": [], "dimensions_needed": {}, "subspaces": {}}
+    for poor, told in ((["one"], "on 1 task: one\n"), (["one", "two"], "on 2 tasks: one, two\n")):
+        ipt.print_report(report | {"no_better_than_no_prompt": poor}, False, per_task=False, wide=False)
+        assert told in capsys.readouterr().out
+
+
 def test_where_the_smallest_dim_that_was_run_suffices_at_most_that_many_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     about = {"task": "t", "candidates": 1, "quantity": "T_test(IST)", "space": "subspace", "start": "random", "data_seed": 100}
     rows = result_rows([about | {"dim": dim, "value": 1.0} for dim in (4, 8)], {"t": 1.0}, {"t": 0.0})
