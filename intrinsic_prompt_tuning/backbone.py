@@ -232,8 +232,8 @@ class Backbone:
                 scored = tuple(loss_of[i, tuple(option)] for option in options[i])
                 if not losses and any(map(math.isnan, scored)):
                     raise IptError(f"nan: no option of '{e.example.input[:60]}' is the most likely; use --precision fp32")
-                least = min(range(len(scored)), key=lambda n: (math.isnan(scored[n]), scored[n]), default=-1)
-                text = e.example.options[least] if scored else said.get(i, "")
+                compared = [math.inf if math.isnan(loss) else loss for loss in scored]
+                text = e.example.options[compared.index(min(compared))] if scored else said.get(i, "")
                 loss = loss_of[i, tuple(e.target_ids)] / len(e.target_ids) if losses else math.nan
                 answers[n] = Answer(text, loss, scored)
 

@@ -87,10 +87,9 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     text += needed_text(report["dimensions_needed"], report["rows"])
     for name, words in report["subspaces"].items():
         text += f"subspace {name[:8]}: {words or 'nothing differs but the soft prompts'}\n"
-    if brought := report.get("imported"):
-        text += f"prompt tuning is an imported prompt on {len(brought)} task{'s' * (len(brought) > 1)}: {', '.join(brought)}\n"
-    if poor := report["no_better_than_no_prompt"]:
-        text += f"prompt tuning is no better than no prompt on {len(poor)} task{'s' * (len(poor) > 1)}: {', '.join(poor)}\n"
+    for name, words in {"imported": "an imported prompt", "no_better_than_no_prompt": "no better than no prompt"}.items():
+        if tasks := report.get(name):
+            text += f"prompt tuning is {words} on {len(tasks)} task{'s' * (len(tasks) > 1)}: {', '.join(tasks)}\n"
     if wide and report["rows_without_pretrained"]:
         text += "seen tasks without those whose very question the backbone was trained on\n\n"
         text += rows_text(report["rows_without_pretrained"], wide)

@@ -47,6 +47,9 @@ SHAPE = {
 }  # fmt: skip
 
 
+PeftJob = tuple[Any, torch.optim.Optimizer, list[Encoded]]
+
+
 def make_rows(tasks: int, batch_size: int, seed: int = 0) -> list[list[Encoded]]:
     rng = random.Random(seed)
 
@@ -78,9 +81,9 @@ def steps_of(side: tuple, steps: int) -> None:
     float(side[2].state["last_loss"].sum())  # waits for the device
 
 
-def peft_jobs(model: torch.nn.Module, rows: list[list[Encoded]]) -> list[tuple[Any, torch.optim.Optimizer, list[Encoded]]]:
+def peft_jobs(model: torch.nn.Module, rows: list[list[Encoded]]) -> list[PeftJob]:
     """Return PEFT's model of each task around the one backbone, its optimizer, and its rows."""
-    jobs = list[tuple[Any, torch.optim.Optimizer, list[Encoded]]]()
+    jobs = list[PeftJob]()
     for own in rows:
         config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=20)
         tuned: Any = get_peft_model(model, config)  # a Llama has no dropout, so train() would change nothing
@@ -88,7 +91,7 @@ def peft_jobs(model: torch.nn.Module, rows: list[list[Encoded]]) -> list[tuple[A
     return jobs
 
 
-def peft_loop(jobs: list[tuple[Any, torch.optim.Optimizer, list[Encoded]]], steps: int, batch_size: int, *, full: bool) -> None:
+def peft_loop(jobs: list[PeftJob], steps: int, batch_size: int, *, full: bool) -> None:
     """Tune one task after the other."""
     longest = max(len(row.input_ids) + len(row.target_ids) for *_, own in jobs for row in own)
     for tuned, optimizer, own in jobs:
