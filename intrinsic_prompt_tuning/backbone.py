@@ -288,20 +288,30 @@ def load_backbone(
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
         if not compiled and model._supports_sdpa:
             share_position_bias(model)
-        layout, lm, budgets = Layout(tokenizer), Seq2Seq(model), first_budgets(where)
+        layout, lm, budgets = Layout(tokenizer), Seq2Seq(model), first_budgets(model)
     else:
         if half and where.type == "cpu":
             # torch's own kernel takes five times as long backward (2.13, AVX512-BF16), a step a third longer.
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
-        budgets = first_budgets(where, lm.prompt_at)
+        budgets = first_budgets(model, lm.prompt_at)
     backbone = Backbone(name, lm, layout, min(max_length, positions), *budgets)
     check_backbone(backbone)
     if compiled:
-        for part in (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model.base_model,):
-            part.compile(dynamic=True)
+        compile_layers(model)
     return backbone
+
+
+def compile_layers(model: Any) -> None:
+    """Let torch.compile make kernels of its own for a layer, which the others share: a model as a whole takes it minutes."""
+    config: Any = torch._dynamo.config
+    config.allow_unspec_int_on_nn_module, config.recompile_limit = True, 64  # a layer's number is no reason to do it again
+    cache: Any = transformers.DynamicCache
+    cache.update = torch.compiler.disable(cache.update)  # nor is what was kept of the layer before
+    for layer in model.modules():
+        if type(layer).__name__ in (model._no_split_modules or ()):
+            layer.compile(dynamic=True)
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

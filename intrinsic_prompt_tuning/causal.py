@@ -53,6 +53,8 @@ class Begun:
     def done(self) -> Done:
         """Prompt and input, run on their own."""
         embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
+        if cache is None:
+            cache = transformers.DynamicCache(config=self.lm.model.config)  # layers of hybrids, too: Qwen 3.5, Granite 4
         logits = self.lm.logits(embeddings, real, cache, before, np.arange(1, len(real) + 1) * real.shape[1] - 1)
         return Done(logits, cache, np.concatenate([before, real], axis=1))
 
@@ -90,8 +92,7 @@ class Causal:
         turned = (np.arange(width) + real.sum(1, keepdims=True)) % width
         at = to_device((turned + np.arange(n_rows)[:, None] * width).ravel(), embeddings.device)
         embeddings = embeddings.flatten(0, 1).index_select(0, at).unflatten(0, (n_rows, width))
-        nothing: Any = transformers.DynamicCache(config=self.model.config)  # layers of hybrids, too: Qwen 3.5, Granite 4
-        return embeddings, np.take_along_axis(real, turned, 1), nothing, np.zeros((n_rows, 0), dtype=bool)
+        return embeddings, np.take_along_axis(real, turned, 1), None, np.zeros((n_rows, 0), dtype=bool)
 
     def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
@@ -99,7 +100,7 @@ class Causal:
         places = before.sum(1, keepdims=True) + np.maximum(real.cumsum(1) - 1, 0)
         about = {"attention_mask": to_device(mask, embeddings.device), "position_ids": to_device(places, embeddings.device)}
         with only(self.model, to_device(flat, embeddings.device)):
-            out = self.model(inputs_embeds=embeddings, use_cache=True, **about, **{self._cache_name: cache})
+            out = self.model(inputs_embeds=embeddings, use_cache=cache is not None, **about, **{self._cache_name: cache})
         logits: Tensor = out.logits.float()
         return logits
 

@@ -32,7 +32,7 @@ import transformers
 from benchmark import machine, matrix_rate
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from intrinsic_prompt_tuning.backbone import Backbone, Encoded
+from intrinsic_prompt_tuning.backbone import Backbone, Encoded, compile_layers
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
 from intrinsic_prompt_tuning.layout import Layout
 from intrinsic_prompt_tuning.passes import Budget, first_budgets
@@ -64,7 +64,7 @@ def make_rows(tasks: int, batch_size: int, seed: int = 0) -> list[list[Encoded]]
 def engine(
     model: torch.nn.Module, rows: list[list[Encoded]], at: PromptAt, batch_size: int
 ) -> tuple[Backbone, Space, JobTable, TuneConfig]:
-    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model.device, at)
+    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model, at)
     backbone = Backbone(name="", lm=lm, layout=layout, max_length=1 << 13, budget=budget, answer_budget=answer_budget)
     with torch.no_grad():
         initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()
@@ -153,7 +153,7 @@ def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) ->
     """Return the seconds that K processes of each side need for all tasks together, of two rounds."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, threads = context.Barrier(k + 1), max(1, torch.get_num_threads() // k)
-    make = partial(make_model, arguments.precision)
+    make = partial(make_model, arguments.precision, compiled=arguments.compile)
     processes = [context.Process(target=one_process, args=(barrier, make, rows[n::k], arguments, threads)) for n in range(k)]
     for process in processes:
         process.start()
@@ -177,7 +177,7 @@ def side_of(name: str, model: torch.nn.Module, rows: list[list[Encoded]], batch_
         jobs = peft_jobs(model, rows)
         return lambda steps: peft_loop(jobs, steps, batch_size, full=name == "a")
     if name == "bare":
-        budget = first_budgets(model.device, "front")[0]
+        budget = first_budgets(model, "front")[0]
         return lambda steps: bare_loop(model, rows, steps, batch_size, budget)
     at: PromptAt = "front" if name == "front" else "end"
     own = engine(model, rows, at, batch_size)
@@ -198,13 +198,16 @@ def inputs_once(lm: Any, rows: list[list[Encoded]]) -> None:
             lm._inputs_once(inputs[start : start + many])
 
 
-def make_model(precision: str) -> torch.nn.Module:
+def make_model(precision: str, *, compiled: bool) -> torch.nn.Module:
     """Return the frozen model, the same every time."""
     torch.manual_seed(0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_backbone`: every batch has another shape, on all sides
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
-    return model.to(device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
+    with device:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    if compiled:
+        compile_layers(model)
+    return model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
 
 
 def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: list[list[Encoded]]) -> None:
@@ -240,8 +243,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="K, at most as many as tasks")
     parser.add_argument("--at-once", nargs="*", default=["A", "front", "end"], choices=["A", "front", "end"])
+    parser.add_argument("--compile", action="store_true", help="let torch.compile make the kernels, on all sides")
     arguments = parser.parse_args()
-    model = make_model(arguments.precision)
+    model = make_model(arguments.precision, compiled=arguments.compile)
     device: torch.device = model.device
     rows = make_rows(arguments.tasks, arguments.batch_size)
     print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")

@@ -83,7 +83,7 @@ def test_where_neighbours_must_change_no_bit_only_rows_of_one_block_share_a_pass
 
 def test_no_rows_need_no_pass() -> None:
     Budget(20).in_passes([], lambda numbers: pytest.fail("there is nothing to do"))
-    assert pass_sizes([], 20) == []
+    assert pass_sizes([], 20, 1) == []
 
 
 def test_another_error_than_lack_of_memory_is_not_hidden() -> None:

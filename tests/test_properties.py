@@ -135,20 +135,20 @@ def test_the_budget_does_every_row_once_however_often_memory_runs_out(lengths: l
     assert budget.tokens <= tokens
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), tokens=st.integers(1, 40))
-def test_no_other_way_to_cut_rows_into_passes_costs_less(lengths: list[int], tokens: int) -> None:
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), tokens=st.integers(1, 40), overhead=st.integers(1, 80))
+def test_no_other_way_to_cut_rows_into_passes_costs_less(lengths: list[int], tokens: int, overhead: int) -> None:
     lengths = sorted(lengths, reverse=True)
 
     def cost(sizes: Sequence[int]) -> float:
         starts = itertools.accumulate(sizes, initial=0)
         padded = [size * lengths[start] for size, start in zip(sizes, starts, strict=False)]
         fits = all(size == 1 or own <= tokens for size, own in zip(sizes, padded, strict=True))
-        return sum(padded) + len(sizes) * tokens / 8 if fits else math.inf
+        return sum(padded) + len(sizes) * overhead if fits else math.inf
 
     bars = itertools.product((False, True), repeat=len(lengths) - 1)
     cuts = [[0, *(n for n, bar in enumerate(own, 1) if bar), len(lengths)] for own in bars]
     ways = [[stop - start for start, stop in itertools.pairwise(cut)] for cut in cuts]
-    sizes = pass_sizes(lengths, tokens)
+    sizes = pass_sizes(lengths, tokens, overhead)
     assert sum(sizes) == len(lengths)
     assert cost(sizes) == pytest.approx(min(map(cost, ways)))
 

@@ -20,8 +20,8 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
             better of two learning rates, task by task.
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
             few steps that the README names for CPUs, or `--steps`; 50 test rows a task, or `--test-rows`; one learning rate for
-            prompts (1.0), and for the vectors of each space that of two which has the better mean on the validation rows of the
-            first split's unseen tasks. `--splits 2` does the first two, `--also other-data` the first one's seen tasks on other
+            prompts (1.0), and for the vectors of each space that of three which has the best mean on the validation rows of the
+            first split's unseen tasks; what the three come to there for prompts is printed, too. `--splits 2` does the first two, `--also other-data` the first one's seen tasks on other
             data instead of prompts that start nearby.
 """
 
@@ -37,7 +37,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -172,7 +172,7 @@ def ruled(arguments: argparse.Namespace, change: dict[str, Any]) -> tuple[Path, 
 
 @dataclass(frozen=True)
 class Fold:
-    """A split with what is found in it."""
+    """A split with its prompts and its spaces."""
 
     x: Experiment
     seen: dict[str, Choice]
@@ -183,7 +183,7 @@ class Fold:
 
     def vectors(self, tasks: Iterable[str], number: int, rate: float, data_seed: int = COLLECTION_SEED) -> list[Choice]:
         """Return the vectors of some tasks in one of the spaces."""
-        return [*with_rate(self.x, rate).intrinsic_vectors(tasks, data_seed, self.spaces[number]).values()]
+        return [*with_rates(self.x, rate).intrinsic_vectors(tasks, data_seed, self.spaces[number]).values()]
 
     def from_nearest(self) -> list[Choice]:
         """Return prompts of the unseen tasks that start from the nearest seen one."""
@@ -192,26 +192,15 @@ class Fold:
     def make(self, what: str, choices: Sequence[Choice], prompts: dict[str, Choice], spaces: Sequence[Result] = ()) -> None:
         """Tune and score, unless another process does."""
         if begins(self.x.cache, f"{self.x.options.split} {what}"):
-            self.x.make([*every(choices), *self.x.scores(prompts, spaces, choices)])
+            self.x.make([*spaces, *every(choices), *self.x.scores(prompts, spaces, choices)])
 
 
 def folds(arguments: argparse.Namespace) -> None:
     """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
-    splits = found_folds(arguments)
-    first, rates = splits[0], dict[int, float]()
-    numbers = range(len(first.spaces))
-
-    def work_in(number: int) -> None:
-        if number not in rates:
-            rates[number] = better_rate(with_rate(first.x, *VECTOR_RATES), first.spaces[number])
-        for split in splits:
-            vectors = split.vectors(split.unseen, number, rates[number])
-            split.make(f"space {number}", vectors, split.unseen, [split.spaces[number]])
-
-    # Every process begins with spaces of its own, and claims the next when one is done; then it helps the others.
-    own = (number for number in numbers if begins(arguments.cache, f"space {number}"))
-    for number in itertools.chain(own, numbers):
-        work_in(number)
+    splits = described_folds(arguments)
+    first, numbers, rates = splits[0], range(len(splits[0].spaces)), tuned_in_spaces(splits)
+    x = with_rates(first.x, *FOLD_RATES)
+    best_rate(x, x.soft_prompts(first.unseen))  # to know whether prompt tuning has a good one
     nearby = [split.from_nearest() if "nearest" in arguments.also else [] for split in splits]
     for split, prompts in zip(splits, nearby, strict=True):
         split.make("from the nearest", prompts, split.unseen)
@@ -231,47 +220,63 @@ def folds(arguments: argparse.Namespace) -> None:
         ipt.echo(pooled_text(reported(first.x, first.seen, first.spaces, [*itertools.chain(*others)])["scores"]))
 
 
-def found_folds(arguments: argparse.Namespace) -> list[Fold]:
-    """Make the prompts and the spaces of the first of four splits of the tasks that the rule keeps, so many as are asked for."""
+def tuned_in_spaces(splits: Sequence[Fold]) -> dict[int, float]:
+    """Tune vectors of the unseen tasks in every space of every split; return the learning rate of each space by number."""
+    first, rates = splits[0], dict[int, float]()
+    for split in splits:  # learned spaces are found side by side, by one process, while others tune where nothing is learned
+        if begins(split.x.cache, f"{split.x.options.split} spaces"):
+            split.x.make(split.spaces)
+    numbers = sorted(range(len(first.spaces)), key=lambda number: first.spaces[number].header["space"] == "subspace")
+    # Every process begins with spaces of its own, and claims the next when one is done; then it helps the others.
+    own = (number for number in numbers if begins(first.x.cache, f"space {number}"))
+    for number in itertools.chain(own, numbers):
+        if number not in rates:
+            x, space = with_rates(first.x, *FOLD_RATES), first.spaces[number]
+            rates[number] = best_rate(x, x.intrinsic_vectors(first.unseen, COLLECTION_SEED, space), [space])
+        for split in splits:
+            vectors = split.vectors(split.unseen, number, rates[number])
+            split.make(f"space {number}", vectors, split.unseen, [split.spaces[number]])
+    return rates
+
+
+def described_folds(arguments: argparse.Namespace) -> list[Fold]:
+    """Make the prompts of the first of four splits of the tasks that the rule keeps, so many as are asked for; name the spaces."""
     change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows, "slots": arguments.slots}
     split, candidates = ruled(arguments, change)
+    change |= {"subspace_steps": arguments.subspace_steps, "slots": len(FOLD_RATES) * arguments.slots}
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
     files = splits_drawn(arguments.cache, sorted(kept), sorted(kept))[: arguments.splits]
     xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, candidates) for n, file in enumerate(files)]
     asked = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
-    for x in xs:  # learned spaces are found side by side, by one process
-        if begins(arguments.cache, f"{x.options.split} spaces"):
-            found(x, asked)
-    return [found(x, asked) for x in xs]
+    return [described(x, asked) for x in xs]
 
 
-def found(x: Experiment, asked: Spaces) -> Fold:
-    """Make the prompts and the spaces of a split."""
+def described(x: Experiment, asked: Spaces) -> Fold:
+    """Return a split with its prompts, which are made, and its spaces, which are named."""
     prompts = x.soft_prompts(x.named("seen", "unseen"))
+    x.make(every(prompts.values()))
     seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
-    fold = Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked])
-    x.make([*every(prompts.values()), *fold.spaces])
-    return fold
+    return Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked])
 
 
-def with_rate(x: Experiment, *rates: float) -> Experiment:
-    """Return the experiment with other rates of vectors."""
+def with_rates(x: Experiment, *rates: float) -> Experiment:
+    """Return the experiment with other learning rates."""
     other = copy.copy(x)
-    other.rates = replace(x.rates, vector_learning_rate=[*rates])
+    other.rates = replace(x.rates, learning_rate=[*rates], vector_learning_rate=[*rates])
     return other
 
 
-def better_rate(x: Experiment, space: Result) -> float:
-    """Return the rate at which vectors of the unseen tasks have the best mean on validation rows."""
-    choices = x.intrinsic_vectors(x.named("unseen"), COLLECTION_SEED, space).values()
-    tuned = [replace(result, instead_of=()) for result in every(choices)]  # also those of a task that one rate solves
-    x.make([space, *tuned])
+def best_rate(x: Experiment, choices: Mapping[str, Choice], spaces: Sequence[Result] = ()) -> float:
+    """Return the rate at which what is tuned of some tasks has the best mean on validation rows, and print all of them."""
+    tuned = [replace(result, instead_of=()) for result in every(choices.values())]  # also those of a task that one rate solves
+    x.make([*spaces, *tuned])
     means = {
         rate: fmean(x.store.read(r)[0]["validation"] for r in tuned if r.header["learning_rate"] == rate)
-        for rate in x.rates.vector_learning_rate
+        for rate in sorted({result.header["learning_rate"] for result in tuned})
     }
     told = ", ".join(f"rate {rate:g} {mean:.3f}" for rate, mean in means.items())
-    print(f"{space.header['space']} {space.header['dim']}: validation {told} (n={len(choices)})", flush=True)
+    what = " ".join(f"{space.header['space']} {space.header['dim']}" for space in spaces) or "prompt tuning"
+    print(f"{what}: validation {told} (n={len(choices)})", flush=True)
     return max(means, key=means.__getitem__)
 
 
@@ -314,7 +319,7 @@ FOLD_SPACES: Spaces = (
     ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
     ("subspace", 5), ("random", 5), ("random", 1162),
 )  # fmt: skip
-VECTOR_RATES = (0.3, 1.0)
+FOLD_RATES = (0.3, 1.0, 3.0)
 MOST_TELLING = 5
 """So many come first."""
 OTHER_SEEDS = (21, 42, 13)
@@ -421,10 +426,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--spaces", type=int, help="so many of them, the most telling first, instead of all; 0: only prompts")
     parser.add_argument("--steps", type=int, default=FEW_STEPS["steps"], help="of a job of `folds`")
     parser.add_argument("--test-rows", type=int, default=FEW_STEPS["test_rows"], help="of a task of `folds`")
+    parser.add_argument("--subspace-steps", type=int, default=80, help="on both losses, in `folds`")
     parser.add_argument(
         "--splits", type=int, default=4, choices=range(1, 5), help="so many of the four of `folds`, the first drawn"
     )
-    parser.add_argument("--slots", type=int, default=FEW_STEPS["slots"], help="jobs of `folds` tuned at once; on a GPU try 16")
+    parser.add_argument("--slots", type=int, default=FEW_STEPS["slots"], help="prompts of `folds` tuned at once; on a GPU try 12")
     parser.add_argument(
         "--also", nargs="*", default=["nearest"], choices=["nearest", "other-data"],
         help="what `folds` tunes besides: prompts that start nearby, the first split's seen tasks on other data",
