@@ -252,7 +252,7 @@ class Backbone:
 
 
 def load_backbone(
-    name: str, *, device: str = "auto", precision: Precision = "auto", max_length: int = 512, compiled: bool = False,
+    name: str, *, device: str = "auto", precision: Precision = "auto", max_length: int = 512,
     prompt_at: PromptAt | None = None, chat: bool | None = None,
 ) -> Backbone:  # fmt: skip
     """Load and freeze a language model, and check it.
@@ -262,7 +262,6 @@ def load_backbone(
         device: `auto` takes a GPU when there is one, each rank its own.
         precision: `bf16`, `fp32`, or `auto`: bf16 on a GPU that has it. What learns is always float32.
         max_length: tokens of prompt and input together, at most what the backbone has positions for.
-        compiled: let torch.compile make kernels of its own.
         prompt_at: where a causal model's prompt stands, in front of the input or behind it; None: behind it.
         chat: write a causal model's rows by the tokenizer's chat template; None: if it has one.
 
@@ -286,7 +285,7 @@ def load_backbone(
     if model.config.is_encoder_decoder:
         if asked := "--prompt-at end" if prompt_at == "end" else "--chat" if chat else "":
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
-        if not compiled and model._supports_sdpa:
+        if model._supports_sdpa:
             share_position_bias(model)
         layout, lm, budgets = Layout(tokenizer), Seq2Seq(model), first_budgets(model)
     else:
@@ -298,20 +297,7 @@ def load_backbone(
         budgets = first_budgets(model, lm.prompt_at)
     backbone = Backbone(name, lm, layout, min(max_length, positions), *budgets)
     check_backbone(backbone)
-    if compiled:
-        compile_layers(model)
     return backbone
-
-
-def compile_layers(model: Any) -> None:
-    """Let torch.compile make kernels of its own for a layer, which the others share: a model as a whole takes it minutes."""
-    config: Any = torch._dynamo.config
-    config.allow_unspec_int_on_nn_module, config.recompile_limit = True, 64  # a layer's number is no reason to do it again
-    cache: Any = transformers.DynamicCache
-    cache.update = torch.compiler.disable(cache.update)  # nor is what was kept of the layer before
-    for layer in model.modules():
-        if type(layer).__name__ in (model._no_split_modules or ()):
-            layer.compile(dynamic=True)
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -64,7 +64,6 @@ class Options:
         PromptAt | None, DATA("Where the prompt stands, seen from the input.", shown_default="end in causal models, else front")
     ] = None
     chat: Annotated[bool | None, DATA("Write rows by the chat template.", shown_default="if the tokenizer has one")] = None
-    compile: Annotated[bool, MACHINE("Compile the backbone, which takes minutes.")] = False
     seed: Annotated[int, TUNING("Of the shared initial prompt, and of where vectors start.", least=0, most=2**32 - 1)] = 0
     slots: Annotated[int | None, MACHINE("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16")] = None
     skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
@@ -171,7 +170,7 @@ class Context:
         """The loaded backbone."""
         o = self.options
         return load_backbone(
-            o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, compiled=o.compile,
+            o.backbone, device=o.device, precision=o.precision, max_length=o.max_length,
             prompt_at=o.prompt_at, chat=o.chat,
         )  # fmt: skip
 

@@ -171,7 +171,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device, *, before: int =
     """Pad with 0 on the right; return ids (rows, width) on the device, and on the host what is real (rows, before + width).
 
     No row sees what is not real, so any token would do. On a GPU, the width is such that it is a multiple of 8 together with
-    the places before it, which are real: kernels want that, and there are few widths to compile for.
+    the places before it, which are real: kernels want that.
     """
     width = max(least, *map(len, rows))
     if device.type == "cuda":

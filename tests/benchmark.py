@@ -115,10 +115,9 @@ def make_engine(
     return backbone, space, table, TuneConfig(steps=1000, batch_size=arguments.batch_size)
 
 
-def engine(side: tuple, steps: int, compiled: bool) -> None:
+def engine(side: tuple, steps: int) -> None:
     backbone, space, table, config = side
-    if not compiled:
-        share_position_bias(backbone.model)
+    share_position_bias(backbone.model)
     for _ in range(steps):
         step(backbone, space, table, config)
     float(table.state["last_loss"].sum())  # waits for the device
@@ -292,7 +291,6 @@ def main() -> None:
     parser.add_argument("--sides", help="default: all, but b only where bf16 is not emulated")
     parser.add_argument("--budgets", type=int, nargs="*", help="only the engine, with so many tokens a pass")
     parser.add_argument("--subspace", type=int, help="only fit a subspace of so many dimensions")
-    parser.add_argument("--compile", action="store_true", help="let torch.compile make the engine's kernels")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
@@ -314,13 +312,10 @@ def tune_prompts(arguments: argparse.Namespace, device: torch.device) -> None:
     ).to(device).requires_grad_(False).eval()  # fmt: skip
     rows = task_rows(arguments.tasks, model.config.vocab_size, arguments.max_length)
     steps, count = arguments.steps, arguments.tasks * arguments.batch_size * arguments.steps
-    if arguments.compile:
-        fast.get_encoder().compile(dynamic=True)
-        fast.get_decoder().compile(dynamic=True)
     sides: dict[str, Callable[[], None]]
     if arguments.budgets:
         sides = {
-            f"c at {budget} tokens a pass": partial(engine, make_engine(fast, rows, arguments, budget), steps, arguments.compile)
+            f"c at {budget} tokens a pass": partial(engine, make_engine(fast, rows, arguments, budget), steps)
             for budget in arguments.budgets
         }
     else:
@@ -329,7 +324,7 @@ def tune_prompts(arguments: argparse.Namespace, device: torch.device) -> None:
             "a": lambda: peft_loop(model, rows, arguments, steps, full=True, half=False),
             "A": lambda: peft_loop(model, rows, arguments, steps, full=False, half=False),
             "b": lambda: peft_loop(model, rows, arguments, steps, full=True, half=True),
-            "c": lambda: engine(shared, steps, arguments.compile),
+            "c": lambda: engine(shared, steps),
             "d": lambda: bare(shared, steps),
         }
         if not arguments.sides and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -32,7 +32,7 @@ import transformers
 from benchmark import machine, matrix_rate
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
-from intrinsic_prompt_tuning.backbone import Backbone, Encoded, compile_layers
+from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.causal import Causal, PromptAt
 from intrinsic_prompt_tuning.layout import Layout
 from intrinsic_prompt_tuning.passes import Budget, first_budgets
@@ -153,7 +153,7 @@ def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) ->
     """Return the seconds that K processes of each side need for all tasks together, of two rounds."""
     context = torch.multiprocessing.get_context("spawn")
     barrier, threads = context.Barrier(k + 1), max(1, torch.get_num_threads() // k)
-    make = partial(make_model, arguments.precision, compiled=arguments.compile)
+    make = partial(make_model, arguments.precision)
     processes = [context.Process(target=one_process, args=(barrier, make, rows[n::k], arguments, threads)) for n in range(k)]
     for process in processes:
         process.start()
@@ -198,15 +198,13 @@ def inputs_once(lm: Any, rows: list[list[Encoded]]) -> None:
             lm._inputs_once(inputs[start : start + many])
 
 
-def make_model(precision: str, *, compiled: bool) -> torch.nn.Module:
+def make_model(precision: str) -> torch.nn.Module:
     """Return the frozen model, the same every time."""
     torch.manual_seed(0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_backbone`: every batch has another shape, on all sides
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
-    if compiled:
-        compile_layers(model)
     return model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
 
 
@@ -243,9 +241,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="K, at most as many as tasks")
     parser.add_argument("--at-once", nargs="*", default=["A", "front", "end"], choices=["A", "front", "end"])
-    parser.add_argument("--compile", action="store_true", help="let torch.compile make the kernels, on all sides")
     arguments = parser.parse_args()
-    model = make_model(arguments.precision, compiled=arguments.compile)
+    model = make_model(arguments.precision)
     device: torch.device = model.device
     rows = make_rows(arguments.tasks, arguments.batch_size)
     print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")

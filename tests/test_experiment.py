@@ -190,7 +190,7 @@ def test_a_soft_prompt_s_name_changes_with_its_task_s_metric_and_rows(x: Experim
 
 
 def test_a_result_s_name_does_not_change_with_what_changes_nothing(x: Experiment, build: Build) -> None:
-    others = [{"test_rows": 7}, {"slots": 3}, {"compile": False}, {"skip_missing": True}, {"lm_loss": False}]
+    others = [{"test_rows": 7}, {"slots": 3}, {"skip_missing": True}, {"lm_loss": False}]
     assert {prompt_name(build(**change)) for change in others} == {prompt_name(x)}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from intrinsic_prompt_tuning import passes
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.passes import Budget, available_memory, pass_sizes
+from intrinsic_prompt_tuning.passes import Budget, available_memory, first_budgets, pass_sizes
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,22 @@ def test_on_a_cpu_the_budget_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     budget = Budget(20)
     budget.in_passes(of_length(*[10] * 100), lambda numbers: None)
     assert (passes.memory_share(), budget) == (1, Budget(20))
+
+
+def test_on_a_gpu_the_smaller_a_model_the_fewer_its_passes() -> None:
+    rows = of_length(*range(70, 170))
+    counts = []
+    for millions in (100, 3000, 30000):
+        budget, done = first_budgets(gpu_model(millions * 10**6))[0], list[list[int]]()
+        budget.in_passes(rows, done.append)
+        assert sorted(row for own in done for row in own) == list(range(len(rows)))
+        counts.append(len(done))
+    assert counts[0] == 1 and counts == sorted(set(counts))
+
+
+def gpu_model(parameters: int) -> Any:
+    """Return what is asked of a model on a GPU."""
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), num_parameters=lambda: parameters)
 
 
 def test_where_neighbours_must_change_no_bit_only_rows_of_one_block_share_a_pass() -> None:
