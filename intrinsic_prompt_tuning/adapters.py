@@ -185,6 +185,8 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
         }  # fmt: skip
         if kind == "peft":
             write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+        else:  # perhaps that of an earlier export, of which nothing else is left
+            (folder / CONFIG).unlink(missing_ok=True)
 
 
 def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template: str, test: Mapping[str, Any]) -> str:

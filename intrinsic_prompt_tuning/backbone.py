@@ -287,15 +287,14 @@ def load_backbone(
             raise IptError(f"{asked} is for causal models, but '{name}' is an encoder-decoder: leave it out")
         if model._supports_sdpa:
             share_position_bias(model)
-        layout, lm, budgets = Layout(tokenizer), Seq2Seq(model), first_budgets(model)
+        layout, lm = Layout(tokenizer), Seq2Seq(model)
     else:
         if half and where.type == "cpu":
             # torch's own kernel takes five times as long backward (2.13, AVX512-BF16), a step a third longer.
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
-        budgets = first_budgets(model, lm.prompt_at)
-    backbone = Backbone(name, lm, layout, min(max_length, positions), *budgets)
+    backbone = Backbone(name, lm, layout, min(max_length, positions), *first_budgets(model, lm.prompt_at))
     check_backbone(backbone)
     return backbone
 

@@ -54,7 +54,8 @@ class Begun:
         """Prompt and input, run on their own."""
         embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
         if cache is None:
-            cache = transformers.DynamicCache(config=self.lm.model.config)  # layers of hybrids, too: Qwen 3.5, Granite 4
+            # By the configuration, as hybrids (Qwen 3.5, Granite 4) also keep states that are no keys and values.
+            cache = transformers.DynamicCache(config=self.lm.model.config)
         logits = self.lm.logits(embeddings, real, cache, before, np.arange(1, len(real) + 1) * real.shape[1] - 1)
         return Done(logits, cache, np.concatenate([before, real], axis=1))
 
@@ -80,7 +81,12 @@ class Causal:
         return Begun(self, soft_prompts, input_ids)
 
     def embedded(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, np.ndarray, Any, np.ndarray]:
-        """Return what goes through the model, (rows, length, hidden), and what is cached before it; of both, which is real."""
+        """Return what goes through the model, and what is cached before it, nothing or inputs.
+
+        Returns:
+            Embeddings (rows, length, hidden); which of them are real (rows, length); the cache, None where nothing is in it;
+            what is real of it (rows, cached length).
+        """
         n_rows, prompt_length = soft_prompts.shape[:2]
         if self.prompt_at == "end" and prompt_length:
             cache, before = self._inputs_once(input_ids)

@@ -19,9 +19,9 @@ A newer CPU with AVX-512 was found to do so under 16 rows; there, neighbours cha
 """
 
 LAUNCH = 2.5e12
-"""Parameters times tokens of a pass that a GPU does in the time in which the host launches it, whatever it holds.
+"""Parameters times tokens that a GPU (H200, bf16) works off while the host launches one pass.
 
-That time is of the layers' number, and was found to be about 0.1 s for 30 layers forward and backward.
+Launching takes about 0.1 s for 30 layers forward and backward (SmolLM2-135M's shape), however many tokens the pass holds.
 """
 
 
@@ -35,7 +35,7 @@ class Budget:
     by_block: bool = False
     """Whether only rows of one block share a pass, so that no row's neighbours change a bit of its results."""
     overhead: float | None = None
-    """As many tokens as cost what a pass costs besides its own; None: an eighth of a full one (the testbed on a CPU)."""
+    """What a pass costs whatever it holds, in tokens; None: an eighth of `tokens` (measured with the testbed on a CPU)."""
 
     def in_passes(self, widths: Sequence[tuple[int, int]], work: Callable[[list[int]], None]) -> None:
         """Call `work` on lists of row numbers, the longest rows first and rows of like length together.
@@ -50,7 +50,8 @@ class Budget:
             left = sorted(group, key=lambda row: -lengths[row])
             while left:
                 tokens = self.tokens
-                for size in pass_sizes([lengths[row] for row in left], tokens, self.overhead or tokens / 8):
+                overhead = tokens / 8 if self.overhead is None else self.overhead
+                for size in pass_sizes([lengths[row] for row in left], tokens, overhead):
                     if self._try(left[:size], lengths, work):
                         self._grow(in_one, used=lengths[left[0]] * size)
                         del left[:size]
@@ -100,7 +101,7 @@ def block(width: int) -> int:
 def pass_sizes(lengths: Sequence[int], tokens: int, overhead: float) -> list[int]:
     """Cut rows, the longest first, into passes of at most so many tokens with the padding, so that they cost the least.
 
-    A pass costs its tokens and as much as `overhead` tokens.
+    A pass costs its tokens, padding included, and `overhead` more.
     """
     # From the last row on: the first pass of the cheapest way to do a row and all behind it, and the cost of that way.
     first, costs = [0] * len(lengths), np.zeros(len(lengths) + 1)
@@ -143,16 +144,16 @@ def available_memory(device: torch.device) -> float:
         return 4e9
 
 
-def first_budgets(model: Any, prompt_at: str | None = None) -> tuple[Budget, Budget]:
-    """Return what is tried first, forward and backward, and forward only.
+def first_budgets(model: Any, prompt_at: str = "front") -> tuple[Budget, Budget]:
+    """Return what is tried first with a model of transformers where it is, forward and backward, and forward only.
 
-    Of a causal model, where a prompt stands `front` or `end`, all rows share passes: its bits are not promised beside neighbours,
-    and fuller passes are faster. Behind an input that runs once there is room for more rows.
+    Of a causal model all rows share passes: its bits are not promised beside neighbours, and fuller passes are faster. Behind an
+    input that runs once there is room for more rows.
     """
     if model.device.type != "cpu":
-        overhead = LAUNCH / model.num_parameters()
+        overhead = max(1 << 12, LAUNCH / model.num_parameters())
         return Budget(1 << 15, overhead=overhead), Budget(1 << 17, overhead=overhead)
-    tokens, by_block = 1 << (11 if prompt_at == "end" else 10), prompt_at is None
+    tokens, by_block = 1 << (11 if prompt_at == "end" else 10), model.config.is_encoder_decoder
     return Budget(tokens, by_block=by_block), Budget(2 * tokens, by_block=by_block)
 
 

@@ -191,13 +191,12 @@ def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneCo
 def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:
     """Update every job in the table once, each on its own next minibatch."""
     state, size = table.state, config.batch_size
-    theta = state["theta"].requires_grad_()
+    theta = state["theta"].detach().requires_grad_()
     prompts = space.back_project(theta)  # (tasks, prompt_length, hidden)
     begun = zip(table.jobs, table.rows, state["step"].long().tolist(), strict=True)
     batch = [(i, train[n]) for i, (job, (train, _), at) in enumerate(begun) for n in minibatch(len(train), size, job.order, at)]
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
-    state["theta"] = theta.detach()
     _record_losses(losses, state)
     adam(state, gradient, torch.tensor([job.learning_rate for job in table.jobs], dtype=torch.float64), config)
 

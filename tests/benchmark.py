@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.finding import SubspaceConfig, fit_subspaces
 from intrinsic_prompt_tuning.layout import Layout
-from intrinsic_prompt_tuning.passes import Budget, padded
+from intrinsic_prompt_tuning.passes import first_budgets, padded
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks import Example
@@ -99,12 +99,10 @@ def make_engine(
 ) -> tuple[Backbone, Space, JobTable, TuneConfig]:
     """Return what the engine works on: the backbone, the space of prompts, a table with a job per task, the settings."""
     device = next(model.parameters()).device
-    tokens = budget or (1 << 10 if device.type == "cpu" else 1 << 15)
+    own, answers = first_budgets(model)
+    own.tokens = budget or own.tokens
     model.generation_config.decoder_start_token_id = 0
-    lm, layout = Seq2Seq(model), Layout(SimpleNamespace(pad_token_id=0))
-    backbone = Backbone(
-        name="benchmark", lm=lm, layout=layout, max_length=1 << 20, budget=Budget(tokens), answer_budget=Budget(tokens)
-    )
+    backbone = Backbone("benchmark", Seq2Seq(model), Layout(SimpleNamespace(pad_token_id=0)), 1 << 20, own, answers)
     ids = torch.randint(5, model.config.vocab_size, (arguments.prompt_length,), device=device)
     with torch.no_grad():
         initial = model.get_input_embeddings()(ids).float()

@@ -1,7 +1,7 @@
 """How fast is the engine on a causal model beside PEFT's prompt tuning?
 
     python tests/benchmark_causal.py                  # SmolLM2-135M's shape, 2 tasks: some minutes on 2 CPU cores
-    python tests/benchmark_causal.py --precision bf16 --tasks 32 --steps 10 --processes 2 4 8        # on a GPU
+    python tests/benchmark_causal.py --precision bf16 --tasks 32 --steps 10 --processes 8 16         # on a GPU
 
 Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Sides, in turn, medians of the repeats:
 
@@ -14,12 +14,13 @@ Random weights, inputs of 100 tokens on average, prompts of 20, answers of 3. Si
     AxK, frontxK, endxK    with --processes: K processes of that side at once on one device, each with its share of the tasks and
            a model of its own
 
-Ratios are of seconds for the same steps on as many rows.
+A ratio a/b is a's seconds over b's, for the same steps on equally many rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -64,8 +65,7 @@ def make_rows(tasks: int, batch_size: int, seed: int = 0) -> list[list[Encoded]]
 def engine(
     model: torch.nn.Module, rows: list[list[Encoded]], at: PromptAt, batch_size: int
 ) -> tuple[Backbone, Space, JobTable, TuneConfig]:
-    lm, layout, (budget, answer_budget) = Causal(model, at, end=1), Layout(None), first_budgets(model, at)
-    backbone = Backbone(name="", lm=lm, layout=layout, max_length=1 << 13, budget=budget, answer_budget=answer_budget)
+    backbone = Backbone("", Causal(model, at, end=1), Layout(None), 1 << 13, *first_budgets(model, at))
     with torch.no_grad():
         initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()
     space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), backbone.device)
@@ -120,13 +120,40 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
                 padded = torch.tensor([[0] * 20 + own + [0] * (width - len(own)) for own in ids], device=model.device)
                 mask = torch.tensor([[1] * (20 + len(own)) + [0] * (width - len(own)) for own in ids], device=model.device)
                 embeddings = model.get_input_embeddings()(padded)
-            labels = torch.full_like(padded, -100)
-            for row, n in enumerate(which):
-                end = 20 + len(ids[row])
-                labels[row, end - len(batch[n].target_ids) : end] = torch.tensor(batch[n].target_ids)
+            answers = [batch[n].target_ids for n in which]
+            rows = zip(ids, answers, strict=True)
+            wanted = [[-100] * (20 + len(own) - len(a)) + a + [-100] * (width - len(own)) for own, a in rows]
+            labels = torch.tensor(wanted, device=model.device)
             model(inputs_embeds=embeddings.requires_grad_(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
 
         budget.in_passes([row.widths(20) for row in batch], work)
+
+
+def in_turn(rows: list[list[Encoded]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of every repeat of each side, one side after the other."""
+    model = make_model(arguments.precision)
+    device: torch.device = model.device
+    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")
+    sides = {name: side_of(name, model, rows, arguments.batch_size) for name in SIDES if name in arguments.sides}
+    if device.type == "cuda":
+        for side in sides.values():
+            side(1)  # warm
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(arguments.repeats):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            side(arguments.steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    for name, own in seconds.items():
+        print(f"{name}: {steps_told(own)} for {arguments.steps} steps of {arguments.tasks} tasks")
+    return seconds
+
+
+def steps_told(seconds: list[float]) -> str:
+    """Write the median and all rounds."""
+    return f"{statistics.median(seconds):.3f} s, of {' '.join(f'{s:.3f}' for s in seconds)},"
 
 
 def one_process(
@@ -166,6 +193,7 @@ def at_once(k: int, rows: list[list[Encoded]], arguments: argparse.Namespace) ->
             barrier.wait(600)
             rounds.append(time.perf_counter() - begin)
         seconds[f"{name}x{k}"] = rounds[1:]
+        print(f"{name}x{k}: {steps_told(rounds[1:])} of {k} processes at once", flush=True)
     for process in processes:
         process.join()
     return seconds
@@ -208,17 +236,9 @@ def make_model(precision: str) -> torch.nn.Module:
     return model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).eval().requires_grad_(False)
 
 
-def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: list[list[Encoded]]) -> None:
-    """Print medians, the seconds of K processes, and the ratios."""
+def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+    """Print the ratios of medians."""
     middle = {name: statistics.median(own) for name, own in seconds.items()}
-    for name, own in seconds.items():
-        print(
-            f"{name}: {middle[name]:.3f} s for {arguments.steps} steps of {arguments.tasks} tasks, of {' '.join(f'{s:.3f}' for s in own)}"
-        )
-    for k in arguments.processes:
-        for name, both in at_once(k, rows, arguments).items():
-            middle[name] = statistics.median(both)
-            print(f"{name}: {middle[name]:.3f} s, of {' '.join(f'{s:.3f}' for s in both)}", flush=True)
     engines = [name for name in middle if name.startswith(("front", "end"))]
     rivals = [name for name in middle if name not in (*engines, "once")]
     for name in engines:
@@ -226,9 +246,8 @@ def tell(seconds: dict[str, list[float]], arguments: argparse.Namespace, rows: l
     for steps in (100, 1000) if {"a", "A", "once", "end"} <= middle.keys() else ():
         share = steps / arguments.steps
         whole = middle["once"] + share * middle["end"]
-        print(
-            f"{steps} steps with the one pass of all inputs: A/end {share * middle['A'] / whole:.2f}, a/end {share * middle['a'] / whole:.2f}"
-        )
+        told = ", ".join(f"{side}/end {share * middle[side] / whole:.2f}" for side in ("A", "a"))
+        print(f"{steps} steps with the one pass of all inputs: {told}")
 
 
 def main() -> None:
@@ -242,23 +261,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="K, at most as many as tasks")
     parser.add_argument("--at-once", nargs="*", default=["A", "front", "end"], choices=["A", "front", "end"])
     arguments = parser.parse_args()
-    model = make_model(arguments.precision)
-    device: torch.device = model.device
     rows = make_rows(arguments.tasks, arguments.batch_size)
-    print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")
-    sides = {name: side_of(name, model, rows, arguments.batch_size) for name in SIDES if name in arguments.sides}
-    if device.type == "cuda":
-        for side in sides.values():
-            side(1)  # warm
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(arguments.repeats):
-        for name, side in sides.items():
-            begin = time.perf_counter()
-            side(arguments.steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-    tell(seconds, arguments, rows)
+    seconds = in_turn(rows, arguments)
+    for k in arguments.processes:  # when nothing of the sides in turn is left on the device
+        gc.collect()
+        torch.cuda.empty_cache()
+        seconds |= at_once(k, rows, arguments)
+    tell(seconds, arguments)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Cache:
         }  # fmt: skip
         x = Experiment(given, Listener())
         backbone: Backbone = self.backbone
-        backbone.budget, backbone.answer_budget = first_budgets(backbone.model)
+        backbone.budget, backbone.answer_budget = first_budgets(backbone.model, backbone.prompt_at)
         x.__dict__["backbone"] = backbone
         return x
 

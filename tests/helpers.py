@@ -49,7 +49,7 @@ class Listener(Reporter):
 
 def like(backbone: Backbone, *, lm: Any = None, budget: Budget | None = None, answer_budget: Budget | None = None) -> Backbone:
     """Return a backbone with another model or other budgets."""
-    own, answers = budget or Budget(backbone.budget.tokens), answer_budget or Budget(backbone.answer_budget.tokens)
+    own, answers = budget or replace(backbone.budget), answer_budget or replace(backbone.answer_budget)
     return replace(backbone, lm=lm or backbone.lm, budget=own, answer_budget=answers)
 
 

@@ -130,7 +130,7 @@ def start(
         watch(written)
         results.saving = functools.partial(results.saving, every=every)  # type: ignore[assignment]
         # Few rows are answered at a time.
-        backbone.first_budgets = lambda model: (Budget(1 << 10, by_block=True), Budget(1 << 8, by_block=True))
+        backbone.first_budgets = lambda *_: (Budget(1 << 10, by_block=True), Budget(1 << 8, by_block=True))
         split = ["--split", str(log.with_name("split.yaml")), "--processes", "1", "--slots", str(slots)]
         sys.argv = ["ipt", "run", *split, *SETTINGS, "--cache", str(cache)]
         prepare()
@@ -374,7 +374,7 @@ def alike() -> int:
         def prepare() -> None:
             sys.argv = ["ipt", "run", "--quick", "--processes", "1", "--cache", str(cache), *more]
             backbone.first_budgets = (
-                first_budgets if budgets is None else lambda model: tuple(Budget(most, by_block=True) for most in budgets)
+                first_budgets if budgets is None else lambda *_: tuple(Budget(most, by_block=True) for most in budgets)
             )
 
         log = cache.with_suffix(".log")

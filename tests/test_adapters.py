@@ -301,6 +301,11 @@ def test_a_prompt_behind_the_input_goes_to_vllm_but_not_to_peft(
         (row,) = backbone.encode([Example("the glad fox", ("two",))], prompt_length=3)
         logits = backbone.model(inputs_embeds=asked[0][None]).logits[0, -1]
         torch.testing.assert_close(logits, plain_logits(backbone, prompt, row, row.target_ids)[0], rtol=1e-5, atol=1e-6)
+    again = ("export", "--task", TASK, "--prompt-at", "front", "--out", tmp_path / "front", "--force")
+    place.good(*again)
+    assert (tmp_path / "front" / "adapter_config.json").exists()
+    place.good(*again, "--format", "vllm")
+    assert not (tmp_path / "front" / "adapter_config.json").exists()
     refused = place.refused("export", "--task", TASK, "--prompt-at", "end", "--out", tmp_path / "other")
     assert "one behind it cannot be exported; collect with --prompt-at front" in refused and not (tmp_path / "other").exists()
     assert "causal" in t5_place.refused("export", "--task", TASK, "--format", "vllm", "--out", tmp_path / "other")

@@ -130,6 +130,7 @@ def test_what_fits_into_memory_is_remembered_for_the_next_command(x: Experiment,
     x.remember_budgets()
     assert not list(x.store.folder.glob("budgets/*"))
     x.backbone.budget.tokens, x.backbone.budget.most, x.backbone.answer_budget.tokens = 123, 456, 789
+    x.backbone.budget.overhead = 7  # is of the backbone, and not remembered
     save_prompts(x, ["mood-good"])
     again = build()
     assert again.store.folder == x.store.folder

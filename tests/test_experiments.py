@@ -93,11 +93,10 @@ def test_real_language_has_every_task_unseen_once(
     names = [*NAMES, *[task for task in tasks if task not in NAMES][:5]]
     for name in names:
         write_few_shot(tmp_path / "first", tasks[name], 32, (100, 21))
-    fewer = {"evaluations": 1, "subspace_steps": 1}
-    monkeypatch.setattr(real_language, "FEW_STEPS", real_language.FEW_STEPS | fewer)
+    monkeypatch.setattr(real_language, "FEW_STEPS", real_language.FEW_STEPS | {"evaluations": 1})
     monkeypatch.setattr(real_language, "split_by_validation", lambda x: {"seen": names[:6], "unseen": names[6:]})
     monkeypatch.setattr(real_language, "FOLD_SPACES", (("subspace", 4), ("low-rank", 8)))
-    command = ("folds", model, tmp_path, ["first"], "--tasks", 9, "--steps", 2, "--test-rows", 4, "--also")
+    command = ("folds", model, tmp_path, ["first"], "--tasks", 9, "--steps", 2, "--subspace-steps", 1, "--test-rows", 4, "--also")
     real_language.folds(asked(real_language, *command, "--splits", 2))
     ways, counts = pairs_of(capsys.readouterr().out)
     assert counts == {"4"} and not any("nearest prompt" in way for way in ways)

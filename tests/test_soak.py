@@ -179,7 +179,7 @@ def test_pass_sizes_and_neighbours_change_rounding_alone(
     slots: int | None,
     tokens: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(backbone, "first_budgets", lambda model: tuple(map(Budget, tokens)))
+    monkeypatch.setattr(backbone, "first_budgets", lambda *_: tuple(map(Budget, tokens)))
     more = ("--slots", slots) if slots else ()
     done = run_ipt("run", *SHORT, *shared_options, "--cache", tmp_path, "--processes", 1, "--json", *more)
     assert done.code == 0, done.err
@@ -210,9 +210,7 @@ def test_scoring_goes_on_with_the_row_at_which_it_was_stopped_and_a_damaged_stat
         return answers
 
     stopped = list[bool]()
-    monkeypatch.setattr(
-        backbone, "first_budgets", lambda model: (Budget(100), Budget(20))
-    )  # four passes: less than a score's rows
+    monkeypatch.setattr(backbone, "first_budgets", lambda *_: (Budget(100), Budget(20)))  # four passes: less than a score's rows
     monkeypatch.setattr(backbone.Backbone, "answer", counted)
     monkeypatch.setattr(backbone, "check_backbone", lambda loaded: None)
     command = ("eval", *shared_options, "--cache", tmp_path, "--processes", 1, "--json")

@@ -21,8 +21,8 @@ subspaces   what the paper measures. The rule for tasks, stated before any resul
 folds       unseen tasks, as many as there are: each of the tasks that the rule keeps is unseen once, in four splits drawn anew. The
             few steps that the README names for CPUs, or `--steps`; 50 test rows a task, or `--test-rows`; one learning rate for
             prompts (1.0), and for the vectors of each space that of three which has the best mean on the validation rows of the
-            first split's unseen tasks; what the three come to there for prompts is printed, too. `--splits 2` does the first two, `--also other-data` the first one's seen tasks on other
-            data instead of prompts that start nearby.
+            first split's unseen tasks. For prompts, too, the mean at each of the three is printed. `--splits 2` does the first two,
+            `--also other-data` the first one's seen tasks on other data instead of prompts that start nearby.
 """
 
 from __future__ import annotations
@@ -70,20 +70,19 @@ def placement(arguments: argparse.Namespace) -> None:
         change["learning_rate"] = RATES[: 2 if prompt_at == "front" else 3]
         x = experiment(arguments, change)
         prompts = x.soft_prompts(PLACEMENT_TASKS)
-        x.make([result for choice in prompts.values() for result in choice])
+        x.make(tuned := every(prompts.values()))
         by_rate: dict[float, list[float]] = {}
-        for choice in prompts.values():
-            for result in choice:
-                if x.store.path(result).exists():
-                    by_rate.setdefault(result.header["learning_rate"], []).append(x.store.read(result)[0]["validation"])
+        for result in tuned:
+            if x.store.path(result).exists():
+                by_rate.setdefault(result.header["learning_rate"], []).append(x.store.read(result)[0]["validation"])
         scores = x.scores(prompts, [], [])
         x.make(scores)
-        means: dict[str, list[float]] = {}
+        by_stage: dict[str, list[float]] = {}
         for score in scores:
-            means.setdefault(score.header["stage"], []).append(x.store.read(score)[0]["score"])
+            by_stage.setdefault(score.header["stage"], []).append(x.store.read(score)[0]["score"])
         name = f"{prompt_at}, {'chat template' if chat else 'plain'}"
         told = ", ".join(f"rate {rate:g} {fmean(values):.3f} (n={len(values)})" for rate, values in sorted(by_rate.items()))
-        tested = ", ".join(f"{stage} {fmean(values):.3f}" for stage, values in means.items())
+        tested = ", ".join(f"{stage} {fmean(values):.3f}" for stage, values in by_stage.items())
         print(f"{name}: validation {told}; test, rate by validation: {tested} (n={len(PLACEMENT_TASKS)})", flush=True)
 
 
@@ -190,7 +189,7 @@ class Fold:
         return [*self.x.soft_prompts(self.unseen, near=[*self.seen.values()]).values()]
 
     def make(self, what: str, choices: Sequence[Choice], prompts: dict[str, Choice], spaces: Sequence[Result] = ()) -> None:
-        """Tune and score, unless another process does."""
+        """Make spaces, vectors or prompts and their scores, unless another process has begun to."""
         if begins(self.x.cache, f"{self.x.options.split} {what}"):
             self.x.make([*spaces, *every(choices), *self.x.scores(prompts, spaces, choices)])
 
@@ -199,8 +198,6 @@ def folds(arguments: argparse.Namespace) -> None:
     """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
     splits = described_folds(arguments)
     first, numbers, rates = splits[0], range(len(splits[0].spaces)), tuned_in_spaces(splits)
-    x = with_rates(first.x, *FOLD_RATES)
-    best_rate(x, x.soft_prompts(first.unseen))  # to know whether prompt tuning has a good one
     nearby = [split.from_nearest() if "nearest" in arguments.also else [] for split in splits]
     for split, prompts in zip(splits, nearby, strict=True):
         split.make("from the nearest", prompts, split.unseen)
@@ -223,27 +220,29 @@ def folds(arguments: argparse.Namespace) -> None:
 def tuned_in_spaces(splits: Sequence[Fold]) -> dict[int, float]:
     """Tune vectors of the unseen tasks in every space of every split; return the learning rate of each space by number."""
     first, rates = splits[0], dict[int, float]()
+    x = with_rates(first.x, *FOLD_RATES)
     for split in splits:  # learned spaces are found side by side, by one process, while others tune where nothing is learned
         if begins(split.x.cache, f"{split.x.options.split} spaces"):
-            split.x.make(split.spaces)
+            split.x.make(space for space in split.spaces if space.header["space"] == "subspace")
     numbers = sorted(range(len(first.spaces)), key=lambda number: first.spaces[number].header["space"] == "subspace")
     # Every process begins with spaces of its own, and claims the next when one is done; then it helps the others.
     own = (number for number in numbers if begins(first.x.cache, f"space {number}"))
     for number in itertools.chain(own, numbers):
         if number not in rates:
-            x, space = with_rates(first.x, *FOLD_RATES), first.spaces[number]
+            space = first.spaces[number]
             rates[number] = best_rate(x, x.intrinsic_vectors(first.unseen, COLLECTION_SEED, space), [space])
         for split in splits:
             vectors = split.vectors(split.unseen, number, rates[number])
             split.make(f"space {number}", vectors, split.unseen, [split.spaces[number]])
+    best_rate(x, x.soft_prompts(first.unseen))  # to know whether prompt tuning has a good one
     return rates
 
 
 def described_folds(arguments: argparse.Namespace) -> list[Fold]:
-    """Make the prompts of the first of four splits of the tasks that the rule keeps, so many as are asked for; name the spaces."""
+    """Return the first of four splits of the tasks that the rule keeps, so many as are asked for; see `described`."""
     change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows, "slots": arguments.slots}
     split, candidates = ruled(arguments, change)
-    change |= {"subspace_steps": arguments.subspace_steps, "slots": len(FOLD_RATES) * arguments.slots}
+    change |= {"slots": len(FOLD_RATES) * arguments.slots}  # as many tasks, at every rate
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
     files = splits_drawn(arguments.cache, sorted(kept), sorted(kept))[: arguments.splits]
     xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, candidates) for n, file in enumerate(files)]
@@ -252,7 +251,7 @@ def described_folds(arguments: argparse.Namespace) -> list[Fold]:
 
 
 def described(x: Experiment, asked: Spaces) -> Fold:
-    """Return a split with its prompts, which are made, and its spaces, which are named."""
+    """Return a split, its prompts tuned, its spaces not made yet."""
     prompts = x.soft_prompts(x.named("seen", "unseen"))
     x.make(every(prompts.values()))
     seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
@@ -270,14 +269,14 @@ def best_rate(x: Experiment, choices: Mapping[str, Choice], spaces: Sequence[Res
     """Return the rate at which what is tuned of some tasks has the best mean on validation rows, and print all of them."""
     tuned = [replace(result, instead_of=()) for result in every(choices.values())]  # also those of a task that one rate solves
     x.make([*spaces, *tuned])
-    means = {
+    by_rate = {
         rate: fmean(x.store.read(r)[0]["validation"] for r in tuned if r.header["learning_rate"] == rate)
         for rate in sorted({result.header["learning_rate"] for result in tuned})
     }
-    told = ", ".join(f"rate {rate:g} {mean:.3f}" for rate, mean in means.items())
+    told = ", ".join(f"rate {rate:g} {mean:.3f}" for rate, mean in by_rate.items())
     what = " ".join(f"{space.header['space']} {space.header['dim']}" for space in spaces) or "prompt tuning"
     print(f"{what}: validation {told} (n={len(choices)})", flush=True)
-    return max(means, key=means.__getitem__)
+    return max(by_rate, key=by_rate.__getitem__)
 
 
 def one_seed(
@@ -315,10 +314,7 @@ SPACES: Spaces = (
     ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
     ("subspace", 5), ("random", 5),
 )  # fmt: skip
-FOLD_SPACES: Spaces = (
-    ("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10), ("random", 10), ("subspace", 50), ("random", 50),
-    ("subspace", 5), ("random", 5), ("random", 1162),
-)  # fmt: skip
+FOLD_SPACES: Spaces = (*SPACES, ("random", 1162))
 FOLD_RATES = (0.3, 1.0, 3.0)
 MOST_TELLING = 5
 """So many come first."""
@@ -330,7 +326,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "backbone": arguments.backbone, "data": arguments.data[0], "cache": arguments.cache, "precision": arguments.precision, "prompt_at": "end", "chat": False,
         "shots": 32, "prompt_length": 10, "initial_text": "Answer:", "test_rows": 100, "steps": 150, "batch_size": 4, "evaluations": 6,
-        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": 80, "rows_per_task": 2, "slots": 64,
+        "learning_rate": [0.3, 1.0], "vector_learning_rate": [0.3, 1.0], "subspace_steps": arguments.subspace_steps, "rows_per_task": 2, "slots": 64,
     }  # fmt: skip
 
 
@@ -426,11 +422,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--spaces", type=int, help="so many of them, the most telling first, instead of all; 0: only prompts")
     parser.add_argument("--steps", type=int, default=FEW_STEPS["steps"], help="of a job of `folds`")
     parser.add_argument("--test-rows", type=int, default=FEW_STEPS["test_rows"], help="of a task of `folds`")
-    parser.add_argument("--subspace-steps", type=int, default=80, help="on both losses, in `folds`")
+    parser.add_argument("--subspace-steps", type=int, default=80, help="updates of a learned space on both losses")
     parser.add_argument(
         "--splits", type=int, default=4, choices=range(1, 5), help="so many of the four of `folds`, the first drawn"
     )
-    parser.add_argument("--slots", type=int, default=FEW_STEPS["slots"], help="prompts of `folds` tuned at once; on a GPU try 12")
+    parser.add_argument("--slots", type=int, default=FEW_STEPS["slots"], help="tasks of `folds` tuned at once; on a GPU try 12")
     parser.add_argument(
         "--also", nargs="*", default=["nearest"], choices=["nearest", "other-data"],
         help="what `folds` tunes besides: prompts that start nearby, the first split's seen tasks on other data",
