@@ -99,13 +99,15 @@ def test_real_language_has_every_task_unseen_once(
     command = ("folds", model, tmp_path, ["first"], "--tasks", 9, "--steps", 2, "--subspace-steps", 1, "--test-rows", 4, "--also")
     real_language.folds(asked(real_language, *command, "--splits", 2))
     ways, counts = pairs_of(capsys.readouterr().out)
-    assert counts == {"4"} and not any("nearest prompt" in way for way in ways)
+    assert counts == {"4"} and {"no prompt", "one answer for all"} <= ways and not any("nearest prompt" in way for way in ways)
     real_language.folds(asked(real_language, *command, "nearest", "other-data"))
     printed = capsys.readouterr().out
     rates = [line for line in printed.splitlines() if ": validation rate 0.3 " in line and ", rate 3 " in line]
     assert [line.split()[0] for line in rates] == ["low-rank", "linear", "subspace", "prompt"]
     assert all(line.endswith("(n=2)") for line in rates)
     printed, _, known = printed.partition("other data of the first split's seen tasks")
+    records = printed.partition("best step\n")[2].splitlines()
+    assert {line.split("  ")[0] for line in records[:4]} == {line.split(":")[0] for line in rates}
     ways, counts = pairs_of(known)
     assert counts == {str(len(names) - 2)} and {"prompt tuning", "T_train_diff(IST) subspace 4"} <= ways
     ways, counts = pairs_of(printed)

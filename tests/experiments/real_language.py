@@ -53,7 +53,7 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.metrics import METRICS
-from intrinsic_prompt_tuning.report import make_report, spread_text
+from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks
@@ -211,10 +211,24 @@ def folds(arguments: argparse.Namespace) -> None:
     for split, prompts in zip(splits, nearby, strict=True):
         tuned = [choice for number in numbers for choice in split.vectors(split.unseen, number, rates[number])]
         told += reported(split.x, split.unseen, split.spaces, tuned + prompts)["scores"]
-    ipt.echo(pooled_text(told))
+    ipt.echo(records_text(splits, rates) + "\n" + pooled_text(told))
     if others:
         ipt.echo("other data of the first split's seen tasks")
         ipt.echo(pooled_text(reported(first.x, first.seen, first.spaces, [*itertools.chain(*others)])["scores"]))
+
+
+def records_text(splits: Sequence[Fold], rates: Mapping[int, float]) -> str:
+    """Write how the unseen tasks' prompts and vectors were tuned, means over tasks."""
+    choices = {("prompt tuning", FEW_STEPS["learning_rate"][0]): [c for split in splits for c in split.unseen.values()]}
+    for number, rate in sorted(rates.items()):
+        header = splits[0].spaces[number].header
+        own = [choice for split in splits for choice in split.vectors(split.unseen, number, rate)]
+        choices[f"{header['space']} {header['dim']}", rate] = own
+    figures, rows = ("validation", "first_loss", "last_loss", "best_step"), list[list[Any]]()
+    for (what, rate), own in choices.items():
+        records = [splits[0].x.store.best(choice)[1] for choice in own]
+        rows.append([what, rate, *(fmean(record[figure] for record in records) for figure in figures)])
+    return table_text("tuned|rate|validation|first training loss|last|best step", rows)
 
 
 def tuned_in_spaces(splits: Sequence[Fold]) -> dict[int, float]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
-from intrinsic_prompt_tuning.evaluation import dimensions_needed, result_rows
+from intrinsic_prompt_tuning.evaluation import dimensions_needed, relative_performance, result_rows
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.report import make_report, needed_text, rows_text, table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 
 Spaces = tuple[tuple[SpaceKind, int], ...]
+FLOORS = ("no prompt", "one answer for all")
 
 
 def every(choices: Iterable[Choice]) -> list[Result]:
@@ -74,12 +75,14 @@ def pooled_text(told: Sequence[dict[str, Any]]) -> str:
     """Write what unseen tasks of several splits score together, and what is above what, task by task."""
     report, by_way = pooled(told), dict[str, dict[str, float]]()
     for score in report["scores"]:
-        if score["space"] or score["quantity"] == "prompt tuning":
+        if score["space"] or score["quantity"] in ("prompt tuning", *FLOORS):
             way = " ".join(str(score[name]) for name in ("quantity", "space", "dim") if score[name] is not None)
             by_way.setdefault(way, {})[score["task"]] = score["value"]
-    tuned = by_way["prompt tuning"].values()
-    text = f"prompt tuning: mean score {fmean(tuned):.3f}, standard deviation over tasks {pstdev(tuned):.3f}, n={len(tuned)}\n\n"
-    rows = report["rows"]
+    tuned, floor, rows = by_way["prompt tuning"], by_way["no prompt"], report["rows"]
+    spread = f"standard deviation over tasks {pstdev(tuned.values()):.3f}, n={len(tuned)}"
+    text = f"prompt tuning: mean score {fmean(tuned.values()):.3f}, {spread}\n"
+    alone = [[way, relative_performance(by_way[way], tuned, floor)] for way in FLOORS]
+    text += table_text("tuned nothing|n|E_rel|mean score", [[way, a["n_tasks"], a["e_rel"], a["mean_score"]] for way, a in alone])
     return text + rows_text(rows, wide=True) + needed_text(dimensions_needed(rows), rows) + pairs_text(by_way)
 
 
