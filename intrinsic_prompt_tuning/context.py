@@ -170,9 +170,8 @@ class Context:
         """The loaded backbone."""
         o = self.options
         return load_backbone(
-            o.backbone, device=o.device, precision=o.precision, max_length=o.max_length,
-            prompt_at=o.prompt_at, chat=o.chat,
-        )  # fmt: skip
+            o.backbone, device=o.device, precision=o.precision, max_length=o.max_length, prompt_at=o.prompt_at, chat=o.chat
+        )
 
     @cached_property
     def store(self) -> Store:

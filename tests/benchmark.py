@@ -118,7 +118,6 @@ def engine(side: tuple, steps: int) -> None:
     share_position_bias(backbone.model)
     for _ in range(steps):
         step(backbone, space, table, config)
-    float(table.state["last_loss"].sum())  # waits for the device
     backbone.model.set_attn_implementation("sdpa")  # the other sides use the same model
 
 
@@ -140,8 +139,6 @@ def bare(side: tuple, steps: int) -> None:
             model(inputs_embeds=embeds, attention_mask=torch.from_numpy(real).to(ids), labels=labels).loss.backward()
 
         backbone.budget.in_passes([row.widths(len(prompt)) for row in rows], work)
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
 
 
 def peft_loop(
@@ -186,8 +183,6 @@ def peft_loop(
                 if done == steps:
                     break
     model.eval()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def fit_subspace(shape: str, dim: int) -> None:
@@ -213,16 +208,17 @@ def fit_subspace(shape: str, dim: int) -> None:
 
 
 def peak_memory(run: Callable[[], None]) -> tuple[float, float]:
-    """Return seconds and the peak memory in GB of a call: of the GPU, or of this process where that can be reset."""
+    """Return the seconds of a call, until the GPU is done, and its peak memory in GB, the GPU's or this process's."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif (reset := Path("/proc/self/clear_refs")).exists():
         reset.write_text("5")
     begin = time.perf_counter()
     run()
-    seconds = time.perf_counter() - begin
     if torch.cuda.is_available():
-        return seconds, torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 1e9
+    seconds = time.perf_counter() - begin
     status = Path("/proc/self/status")
     if status.exists():
         (peak,) = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")]
@@ -233,7 +229,7 @@ def peak_memory(run: Callable[[], None]) -> tuple[float, float]:
 def in_turn(sides: dict[str, Callable[[], None]], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Run all sides in turn, several times after a run to warm up; return their seconds and their peak memory in GB."""
     for run in sides.values():
-        run()
+        peak_memory(run)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0.0)
     for _ in range(repeats):

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from benchmark import machine, matrix_rate
+from benchmark import in_turn, machine, matrix_rate
 from peft import PromptTuningConfig, TaskType, get_peft_model
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
@@ -78,7 +78,6 @@ def engine(
 def steps_of(side: tuple, steps: int) -> None:
     for _ in range(steps):
         step(*side)
-    float(side[2].state["last_loss"].sum())  # waits for the device
 
 
 def peft_jobs(model: torch.nn.Module, rows: list[list[Encoded]]) -> list[PeftJob]:
@@ -121,33 +120,27 @@ def bare_loop(model: torch.nn.Module, rows: list[list[Encoded]], steps: int, bat
                 mask = torch.tensor([[1] * (20 + len(own)) + [0] * (width - len(own)) for own in ids], device=model.device)
                 embeddings = model.get_input_embeddings()(padded)
             answers = [batch[n].target_ids for n in which]
-            rows = zip(ids, answers, strict=True)
-            wanted = [[-100] * (20 + len(own) - len(a)) + a + [-100] * (width - len(own)) for own, a in rows]
+            both = zip(ids, answers, strict=True)
+            wanted = [[-100] * (20 + len(own) - len(a)) + a + [-100] * (width - len(own)) for own, a in both]
             labels = torch.tensor(wanted, device=model.device)
             model(inputs_embeds=embeddings.requires_grad_(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
 
         budget.in_passes([row.widths(20) for row in batch], work)
 
 
-def in_turn(rows: list[list[Encoded]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of every repeat of each side, one side after the other."""
+def one_by_one(rows: list[list[Encoded]], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of every repeat of each side; print them, and the peak memory, in which are all sides' models."""
     model = make_model(arguments.precision)
     device: torch.device = model.device
     print(f"{machine(device)}; a large matrix product runs at {matrix_rate(device, model.dtype) / 1e9:,.0f} GFLOP/s")
-    sides = {name: side_of(name, model, rows, arguments.batch_size) for name in SIDES if name in arguments.sides}
-    if device.type == "cuda":
-        for side in sides.values():
-            side(1)  # warm
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(arguments.repeats):
-        for name, side in sides.items():
-            begin = time.perf_counter()
-            side(arguments.steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+    sides = {
+        name: partial(side_of(name, model, rows, arguments.batch_size), arguments.steps)
+        for name in SIDES
+        if name in arguments.sides
+    }
+    seconds, memory = in_turn(sides, arguments.repeats)
     for name, own in seconds.items():
-        print(f"{name}: {steps_told(own)} for {arguments.steps} steps of {arguments.tasks} tasks")
+        print(f"{name}: {steps_told(own)} for {arguments.steps} steps of {arguments.tasks} tasks, peak {memory[name]:.2f} GB")
     return seconds
 
 
@@ -262,7 +255,7 @@ def main() -> None:
     parser.add_argument("--at-once", nargs="*", default=["A", "front", "end"], choices=["A", "front", "end"])
     arguments = parser.parse_args()
     rows = make_rows(arguments.tasks, arguments.batch_size)
-    seconds = in_turn(rows, arguments)
+    seconds = one_by_one(rows, arguments)
     for k in arguments.processes:  # when nothing of the sides in turn is left on the device
         gc.collect()
         torch.cuda.empty_cache()

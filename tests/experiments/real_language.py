@@ -196,7 +196,7 @@ class Fold:
 
 def folds(arguments: argparse.Namespace) -> None:
     """Tune every task where it is unseen, in several spaces and from the nearest seen prompt; print what all splits say together."""
-    splits = described_folds(arguments)
+    splits = folds_of_kept(arguments)
     first, numbers, rates = splits[0], range(len(splits[0].spaces)), tuned_in_spaces(splits)
     nearby = [split.from_nearest() if "nearest" in arguments.also else [] for split in splits]
     for split, prompts in zip(splits, nearby, strict=True):
@@ -252,24 +252,21 @@ def tuned_in_spaces(splits: Sequence[Fold]) -> dict[int, float]:
     return rates
 
 
-def described_folds(arguments: argparse.Namespace) -> list[Fold]:
-    """Return the first of four splits of the tasks that the rule keeps, so many as are asked for; see `described`."""
+def folds_of_kept(arguments: argparse.Namespace) -> list[Fold]:
+    """Return the first of four splits of the tasks that the rule keeps, their prompts tuned, their spaces not made yet."""
     change = FEW_STEPS | {"steps": arguments.steps, "test_rows": arguments.test_rows, "slots": arguments.slots}
     split, candidates = ruled(arguments, change)
-    change |= {"slots": len(FOLD_RATES) * arguments.slots}  # as many tasks, at every rate
+    change["slots"] *= len(FOLD_RATES)  # as many tasks, at every rate
     kept = [task for tasks in json.loads(split.read_text(encoding="utf-8")).values() for task in tasks]
     files = splits_drawn(arguments.cache, sorted(kept), sorted(kept))[: arguments.splits]
     xs = [experiment(arguments, change | {"split": str(file), "subspace_seed": n}, candidates) for n, file in enumerate(files)]
     asked = (*FOLD_SPACES, ("linear", min(len(x.named("seen")) for x in xs) - 1))[: arguments.spaces]
-    return [described(x, asked) for x in xs]
-
-
-def described(x: Experiment, asked: Spaces) -> Fold:
-    """Return a split, its prompts tuned, its spaces not made yet."""
-    prompts = x.soft_prompts(x.named("seen", "unseen"))
-    x.make(every(prompts.values()))
-    seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
-    return Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked])
+    prompts, found = xs[0].soft_prompts(kept), list[Fold]()  # the same in every split
+    xs[0].make(every(prompts.values()))
+    for x in xs:
+        seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
+        found.append(Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked]))
+    return found
 
 
 def with_rates(x: Experiment, *rates: float) -> Experiment:
