@@ -74,7 +74,8 @@ class Experiment(Context):
         collection = {task: names(choice) for task, choice in prompts.items()}
         used = None if space == "subspace" else () if space == "linear" else ("subspace_seed", "inner")
         about = {name: value for name, value in asdict(config).items() if used is None or name in used}
-        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about)
+        origin = {"origin": "initial prompt"} if space == "random" else {}
+        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **origin)
         learned = space == "subspace" and config.lm_loss
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
@@ -243,6 +244,9 @@ class Experiment(Context):
             collection: dict[str, list[str]] = result.header["prompts"]
             if not collection.keys() <= seen:
                 others["another split's tasks"] += 1
+                continue
+            if result.header["space"] == "random" and "origin" not in result.header:
+                others["another origin, random ones of before November 2026"] += 1
                 continue
             there = [tuple(prompts[name] for name in own if name in prompts) for own in collection.values()]
             # Of a grid, what comes behind a rate that solves a task was never needed.

@@ -14,7 +14,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_su
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, collection_name
-from intrinsic_prompt_tuning.spaces import Space, linear_space, low_rank_space, scaled_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, fair_space, linear_space, low_rank_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, tune
 
@@ -125,7 +125,7 @@ def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConf
         space = low_rank_space(initial, unit=x.prompt_space.unit, dim=dim, seed=seed)
     else:
         space = untrained_space(initial, unit=unit, dim=dim, inner=config.inner, seed=seed)
-        space = scaled_space(space, seed) if kind == "random" else space
+        space = fair_space(space, seed) if kind == "random" else space
     return Made(result, {"unit": space.unit}, space.weights)
 
 

@@ -93,16 +93,19 @@ def untrained_space(initial_prompt: Tensor, *, unit: float, dim: int, inner: int
     return Space(initial_prompt, unit, {k: w.to(initial_prompt.device) for k, w in weights.items()})
 
 
-def scaled_space(space: Space, seed: int) -> Space:
-    """Return an untrained space that reaches as far as a learned one.
+def fair_space(space: Space, seed: int) -> Space:
+    """Return an untrained space as a fair rival: zero is the initial prompt, and it reaches as far as a learned space.
 
-    A learned one maps vectors of root mean square one (its own code's) to differences of about one unit (its prompts'). An
-    untrained one falls short of that by a factor of four, so its last layer is scaled: 256 vectors drawn from N(0, 1) map to
-    differences of root mean square one unit.
+    An untrained one's biases move the prompt away from where prompt tuning starts, the more the fewer numbers there are: its
+    last bias takes that back. A learned one maps vectors of root mean square one (its own code's) to differences of about one
+    unit (its prompts'). An untrained one falls short of that by a factor of four, so its last layer is scaled: 256 vectors drawn
+    from N(0, 1) map to differences of root mean square one unit.
     """
+    origin = -space.weights["out.weight"] @ torch.tanh(space.weights["hidden.bias"])
+    centred = replace(space, weights={**space.weights, "out.bias": origin})
     vectors = torch.randn(256, space.dim, generator=torch.Generator().manual_seed(seed)).to(space.initial_prompt)
-    reach = unit_of(space.back_project(vectors), space.initial_prompt) / space.unit
-    out = {name: weight / reach for name, weight in space.weights.items() if name.startswith("out.")}
+    reach = unit_of(centred.back_project(vectors), space.initial_prompt) / space.unit
+    out = {name: weight / reach for name, weight in centred.weights.items() if name.startswith("out.")}
     return replace(space, weights={**space.weights, **out})
 
 

@@ -699,6 +699,17 @@ def test_subspaces_of_other_tasks_or_of_prompts_that_are_gone_are_not_used_and_t
     assert told(other) == ["not used: 1 subspaces of soft prompts that are gone"]
 
 
+def test_a_random_space_of_an_older_cache_which_starts_elsewhere_is_no_longer_used(x: Experiment, build: Build) -> None:
+    now = x.subspace("random", 6, save_prompts(x))
+    before = Result({name: value for name, value in now.header.items() if name != "origin"}, now.inputs)
+    space = untrained_space(x.prompt_space.initial_prompt, unit=2.5, dim=6, inner=13, seed=1)
+    x.store.save(Made(before, {"unit": space.unit}, space.weights))
+    other = build()
+    assert other.found_subspaces() == []
+    assert told(other) == ["not used: 1 subspaces of another origin, random ones of before November 2026"]
+    assert other.choose_subspace("random", 6, "").name == now.name != before.name
+
+
 def test_of_several_subspaces_one_must_be_named_and_what_differs_is_told(x: Experiment, build: Build) -> None:
     prompts = save_prompts(x)
     one = save_subspace(x, prompts)

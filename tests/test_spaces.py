@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.spaces import Space, linear_space, scaled_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, fair_space, linear_space, unit_of, untrained_space
 
 
 @pytest.fixture
@@ -78,26 +78,33 @@ def test_the_untrained_space_depends_on_its_seed_and_has_the_scale_of_torch_s_li
 
 
 @pytest.mark.parametrize("dim", [2, 6, 40])
-def test_a_scaled_space_reaches_one_unit_and_an_untrained_one_does_not(initial: Tensor, dim: int) -> None:
+def test_a_fair_space_reaches_one_unit_and_an_untrained_one_does_not(initial: Tensor, dim: int) -> None:
     untrained = untrained_space(initial, unit=2.5, dim=dim, inner=64, seed=1)
-    scaled = scaled_space(untrained, seed=1)
+    fair = fair_space(untrained, seed=1)
     vectors = torch.randn(1000, dim, generator=torch.Generator().manual_seed(99))
-    assert unit_of(scaled.back_project(vectors), initial) == pytest.approx(2.5, rel=0.05)
+    assert unit_of(fair.back_project(vectors), initial) == pytest.approx(2.5, rel=0.05)
     assert unit_of(untrained.back_project(vectors), initial) < 0.5 * 2.5
 
 
-def test_scaling_a_space_moves_its_last_layer_alone_and_all_of_it_alike(initial: Tensor) -> None:
+@pytest.mark.parametrize("dim", [2, 6, 40])
+def test_the_origin_of_a_fair_space_is_the_initial_prompt_and_that_of_an_untrained_one_is_not(initial: Tensor, dim: int) -> None:
+    untrained, zero = untrained_space(initial, unit=2.5, dim=dim, inner=64, seed=1), torch.zeros(1, dim)
+    torch.testing.assert_close(fair_space(untrained, seed=1).back_project(zero)[0], initial, atol=1e-5, rtol=0)
+    assert unit_of(untrained.back_project(zero), initial) > 0.1
+
+
+def test_a_fair_space_differs_in_its_last_layer_alone_whose_weights_are_scaled_alike(initial: Tensor) -> None:
     untrained = random_space(initial)
     before = {name: weight.clone() for name, weight in untrained.weights.items()}
-    scaled = scaled_space(untrained, seed=1)
+    fair = fair_space(untrained, seed=1)
     assert all(torch.equal(untrained.weights[name], before[name]) for name in before)
     for name in ("in.weight", "in.bias", "hidden.weight", "hidden.bias"):
-        assert torch.equal(scaled.weights[name], before[name])
-    factors = torch.cat([(scaled.weights[name] / before[name]).flatten() for name in ("out.weight", "out.bias")])
+        assert torch.equal(fair.weights[name], before[name])
+    factors = (fair.weights["out.weight"] / before["out.weight"]).flatten()
     torch.testing.assert_close(factors, factors[:1].expand_as(factors))
-    again, other = (scaled_space(untrained, seed=s) for s in (1, 2))
-    assert torch.equal(again.weights["out.weight"], scaled.weights["out.weight"])
-    assert not torch.equal(other.weights["out.weight"], scaled.weights["out.weight"])
+    again, other = (fair_space(untrained, seed=s) for s in (1, 2))
+    assert torch.equal(again.weights["out.weight"], fair.weights["out.weight"])
+    assert not torch.equal(other.weights["out.weight"], fair.weights["out.weight"])
 
 
 # --- Linear --------------------------------------------------------------------------------------
