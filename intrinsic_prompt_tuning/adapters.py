@@ -57,7 +57,7 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
         tensors = {"prompt": _adapter(x, path, config, tensors, task_id)}
     length, hidden = x.prompt_space.initial_prompt.shape
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    if len(shapes) != 1 or shapes[0] != (*shapes[0][:1], hidden):
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] != hidden:
         raise IptError(f"{path} holds tensors of the shapes {shapes[:5]}, expected one (tokens, {hidden}) for this backbone")
     if shapes[0][0] != length:
         raise IptError(f"{path} holds a prompt of {shapes[0][0]} tokens, expected {length}: use --prompt-length {shapes[0][0]}")

@@ -43,7 +43,7 @@ class Encoded:
     truncated: bool
 
     def __len__(self) -> int:
-        """Return the tokens that a pass over this row holds."""
+        """Return its tokens, which stand beside the prompt's in a pass."""
         return len(self.input_ids) + len(self.target_ids)
 
     def widths(self, prompt_length: int) -> tuple[int, int]:
@@ -100,11 +100,6 @@ class Backbone:
         return torch.device(self.model.device)
 
     @property
-    def precision(self) -> str:
-        """What the weights are, such as float32."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
     def hidden(self) -> int:
         """The size of an input embedding."""
         return int(self.model.get_input_embeddings().weight.shape[1])
@@ -116,7 +111,7 @@ class Backbone:
         config = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in about}
         own = self.tokenizer
         rules = own.backend_tokenizer.to_str() if own.is_fast else repr(own).replace(repr(own.name_or_path), "")
-        written = [] if self.layout.space else [[self.layout.before, self.layout.after, self.layout.end]]  # else it is plain
+        written = [] if self.layout.space else [[self.layout.before, self.layout.after, self.layout.end]]  # of a template
         about_all = [own.get_vocab(), rules, config, *written]
         digest = hashlib.sha256(json.dumps(about_all, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -151,7 +146,7 @@ class Backbone:
     @property
     def positions(self) -> int | None:
         """How many tokens the model has positions for; None: any number."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # of a model that sees, too
 
     def room(self, prompt_length: int, answer_length: int = 1) -> int:
         """Return how many tokens of an input fit beside a prompt, and, in a causal model, an answer.
@@ -180,12 +175,14 @@ class Backbone:
         Raises:
             IptError: the prompt leaves no room for any input.
         """
+        if not examples:
+            return []
         texts, most = sorted({text for e in examples for text in (*e.answers, *e.options)}), self.max_length
         if isinstance(self.lm, Causal) and self.positions:  # answers share them with inputs
             most = min(most, self.positions // 2)
         answers = [own if len(own) <= most else [*own[: most - 1], own[-1]] for own in self.layout.answers(texts)]
         ids = dict(zip(texts, answers, strict=True))
-        limit = min(most, answer_limit or max((len(ids[text]) for e in examples for text in e.answers), default=1))
+        limit = min(most, answer_limit or max(len(ids[text]) for e in examples for text in e.answers))
         room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
         # Of text far beyond the room only the ends are looked at, so only they need to become tokens.
         end = 64 * room
@@ -271,16 +268,15 @@ def load_backbone(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     where = _find_device(device)
-    multiplied = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    half = precision == "bf16" or (precision == "auto" and multiplied)
+    has_bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
     # Every step has other shapes, and with cuDNN's attention took 2 to 2.4 times as long (H100, torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model, tokenizer = _load(name, where, torch.bfloat16 if half else torch.float32)
+    model, tokenizer = _load(name, where, torch.bfloat16 if bf16 else torch.float32)
     model.eval().requires_grad_(False)
     # Answers are greedy, whatever the backbone was saved with: beams, forced tokens, penalties.
     special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     model.generation_config = transformers.GenerationConfig(**{name: getattr(model.config, name, None) for name in special})
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
     lm: Seq2Seq | Causal
     if model.config.is_encoder_decoder:
         if asked := "--prompt-at end" if prompt_at == "end" else "--chat" if chat else "":
@@ -289,12 +285,13 @@ def load_backbone(
             share_position_bias(model)
         layout, lm = Layout(tokenizer), Seq2Seq(model)
     else:
-        if half and where.type == "cpu":
+        if bf16 and where.type == "cpu":
             # torch's own kernel takes five times as long backward (2.13, AVX512-BF16), a step a third longer.
             model.set_attn_implementation("eager")
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
-    backbone = Backbone(name, lm, layout, min(max_length, positions), *first_budgets(model, lm.prompt_at))
+    backbone = Backbone(name, lm, layout, max_length, *first_budgets(model, lm.prompt_at))
+    backbone.max_length = min(max_length, backbone.positions or max_length)
     check_backbone(backbone)
     return backbone
 

@@ -52,12 +52,12 @@ class Begun:
     @cached_property
     def done(self) -> Done:
         """Prompt and input, run on their own."""
-        embeddings, real, cache, before = self.lm.embedded(self.soft_prompts, self.input_ids)
+        embeddings, real, cache = self.lm.embedded(self.soft_prompts, self.input_ids)
         if cache is None:
             # By the configuration, as hybrids (Qwen 3.5, Granite 4) also keep states that are no keys and values.
             cache = transformers.DynamicCache(config=self.lm.model.config)
-        logits = self.lm.logits(embeddings, real, cache, before, np.arange(1, len(real) + 1) * real.shape[1] - 1)
-        return Done(logits, cache, np.concatenate([before, real], axis=1))
+        logits = self.lm.logits(embeddings, real, cache, np.arange(1, len(real) + 1) * embeddings.shape[1] - 1)
+        return Done(logits, cache, real)
 
 
 class Causal:
@@ -80,17 +80,17 @@ class Causal:
         """Take soft prompts (rows, prompt_length, hidden), float32, and inputs, one list a row, none empty."""
         return Begun(self, soft_prompts, input_ids)
 
-    def embedded(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, np.ndarray, Any, np.ndarray]:
+    def embedded(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> tuple[Tensor, np.ndarray, Any]:
         """Return what goes through the model, and what is cached before it, nothing or inputs.
 
         Returns:
-            Embeddings (rows, length, hidden); which of them are real (rows, length); the cache, None where nothing is in it;
-            what is real of it (rows, cached length).
+            Embeddings (rows, length, hidden); what is real of the cache and of them (rows, cached length + length); the cache,
+            None where nothing is in it.
         """
         n_rows, prompt_length = soft_prompts.shape[:2]
         if self.prompt_at == "end" and prompt_length:
-            cache, before = self._inputs_once(input_ids)
-            return soft_prompts.to(self.model.dtype), np.ones((n_rows, prompt_length), dtype=bool), cache, before
+            cache, real = self._inputs_once(input_ids)
+            return soft_prompts.to(self.model.dtype), np.pad(real, ((0, 0), (0, prompt_length)), constant_values=True), cache
         ids, real = padded(input_ids, self.model.device, before=prompt_length)
         embeddings = torch.cat([soft_prompts.to(self.model.dtype), self.model.get_input_embeddings()(ids)], dim=1)
         # Padding to the front: windows and biases that count by place see prompt, input and text side by side.
@@ -98,12 +98,11 @@ class Causal:
         turned = (np.arange(width) + real.sum(1, keepdims=True)) % width
         at = to_device((turned + np.arange(n_rows)[:, None] * width).ravel(), embeddings.device)
         embeddings = embeddings.flatten(0, 1).index_select(0, at).unflatten(0, (n_rows, width))
-        return embeddings, np.take_along_axis(real, turned, 1), None, np.zeros((n_rows, 0), dtype=bool)
+        return embeddings, np.take_along_axis(real, turned, 1), None
 
-    def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, before: np.ndarray, flat: np.ndarray) -> Tensor:
+    def logits(self, embeddings: Tensor, real: np.ndarray, cache: Any, flat: np.ndarray) -> Tensor:
         """Return logits (len(flat), vocabulary) at some positions of the flattened rows; only those reach the vocabulary."""
-        mask = np.concatenate([before, real], axis=1).astype(np.int64)
-        places = before.sum(1, keepdims=True) + np.maximum(real.cumsum(1) - 1, 0)
+        mask, places = real.astype(np.int64), np.maximum(real.cumsum(1) - 1, 0)[:, -embeddings.shape[1] :]
         about = {"attention_mask": to_device(mask, embeddings.device), "position_ids": to_device(places, embeddings.device)}
         with only(self.model, to_device(flat, embeddings.device)):
             out = self.model(inputs_embeds=embeddings, use_cache=cache is not None, **about, **{self._cache_name: cache})
@@ -136,8 +135,7 @@ class Causal:
         ids, real = padded(inputs, self.model.device)
         cache: Any = transformers.DynamicCache()
         with torch.no_grad():
-            nothing = np.zeros((len(inputs), 0), dtype=bool)
-            self.logits(self.model.get_input_embeddings()(ids), real, cache, nothing, np.arange(1))
+            self.logits(self.model.get_input_embeddings()(ids), real, cache, np.arange(1))
         parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         self._shapes = [(part.shape[1], part.shape[3]) for part in parts]
         together = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2)
@@ -155,15 +153,17 @@ class Causal:
         following = self.model.get_input_embeddings()(tokens[:, :-1])
         at, of = np.nonzero(said.T)  # all first tokens, then all second ones
         if "done" not in vars(begun) and list(rows) == list(range(len(begun.input_ids))):
-            embeddings, real, cache, before = self.embedded(begun.soft_prompts, begun.input_ids)
-            embeddings, own = torch.cat([embeddings, following], dim=1), np.concatenate([real, said[:, :-1]], axis=1)
+            embeddings, real, cache = self.embedded(begun.soft_prompts, begun.input_ids)
+            real, first = np.concatenate([real, said[:, :-1]], axis=1), embeddings.shape[1]
+            embeddings = torch.cat([embeddings, following], dim=1)
             # The last token before a text predicts its first.
-            logits = self.logits(embeddings, own, cache, before, of * own.shape[1] + real.shape[1] - 1 + at)
+            logits = self.logits(embeddings, real, cache, of * embeddings.shape[1] + first - 1 + at)
         else:
             behind, rest = begun.done.of(rows), (of * following.shape[1] + at - 1)[len(texts) :]
             logits = behind.logits
             if len(rest):
-                logits = torch.cat([logits, self.logits(following, said[:, :-1], behind.cache, behind.real, rest)])
+                real = np.concatenate([behind.real, said[:, :-1]], axis=1)
+                logits = torch.cat([logits, self.logits(following, real, behind.cache, rest)])
         wanted = tokens.flatten().index_select(0, to_device(of * tokens.shape[1] + at, tokens.device))
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         return losses.new_zeros(len(texts)).index_add(0, to_device(of, tokens.device), losses)
@@ -185,7 +185,6 @@ class Causal:
                 if len(on) < len(following):  # what has ended costs nothing more
                     cache.reorder_cache(to_device(on, self.model.device))
                 ids = to_device([[following[n]] for n in on], self.model.device)
-                one = np.ones((len(on), 1), dtype=bool)
-                logits = self.logits(self.model.get_input_embeddings()(ids), one, cache, real[on], np.arange(len(on)))
-                real = np.concatenate([real[on], one], axis=1)
+                real = np.pad(real[on], ((0, 0), (0, 1)), constant_values=True)
+                logits = self.logits(self.model.get_input_embeddings()(ids), real, cache, np.arange(len(on)))
         return tokens

@@ -320,8 +320,14 @@ class Context:
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
         of, o = self.backbone, self.options
-        shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": of.precision, "prompt_at": of.prompt_at}
-        shared |= {"chat": of.layout.chat, "seed": o.seed, "prompt_length": self.prompt_length, "decoding": o.decoding}
+        shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "prompt_at": of.prompt_at}
+        shared |= {
+            "precision": str(of.model.dtype).removeprefix("torch."),
+            "chat": of.layout.chat,
+            "seed": o.seed,
+            "prompt_length": self.prompt_length,
+            "decoding": o.decoding,
+        }
         more = ({"initial_text": self.initial_text} if self.initial_text else {}) | more  # files without it are older
         return shared | {"max_length": of.max_length, "kind": kind} | more
 

@@ -32,11 +32,11 @@ class Layout:
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs, without what stands before and after."""
-        return list(self.tokenizer(list(texts)).input_ids) if texts else []
+        return list(self.tokenizer(list(texts)).input_ids)
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers, their end among them."""
-        return list(self.tokenizer(text_target=list(texts)).input_ids) if texts else []
+        return list(self.tokenizer(text_target=list(texts)).input_ids)
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:
         """Return generated tokens as text."""
@@ -51,12 +51,12 @@ class CausalLayout(Layout):
 
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs; never none, as something must predict the answer."""
-        ids = self.tokenizer(list(texts), add_special_tokens=not self.chat).input_ids if texts else []
+        ids = self.tokenizer(list(texts), add_special_tokens=not self.chat).input_ids
         return [own or ([] if self.before else [self.end]) for own in ids]
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers and the end behind them."""
-        ids = self.tokenizer([self.space + text for text in texts], add_special_tokens=False).input_ids if texts else []
+        ids = self.tokenizer([self.space + text for text in texts], add_special_tokens=False).input_ids
         return [[*own, self.end] for own in ids]
 
     def text(self, written: Sequence[Sequence[int]]) -> list[str]:

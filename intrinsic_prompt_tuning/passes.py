@@ -27,7 +27,7 @@ Launching takes about 0.1 s for 30 layers forward and backward (SmolLM2-135M's s
 
 @dataclass
 class Budget:
-    """How many tokens go through the backbone at once: as many as memory holds, found by trying. It changes no result."""
+    """How many tokens go through the backbone at once: as many as memory holds, found by trying."""
 
     tokens: int
     most: float = math.inf
@@ -95,7 +95,7 @@ def block(width: int) -> int:
     others for the smallest matrices, so a zero too many can move a number from the rest into the sixteen. Measured with MKL and
     AVX-512; tests/test_tuning.py holds it.
     """
-    return width // 16 if width >= 16 else -(width < 12)
+    return -1 if width < 12 else width // 16
 
 
 def pass_sizes(lengths: Sequence[int], tokens: int, overhead: float) -> list[int]:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, Any
 
 from intrinsic_prompt_tuning.backbone import Answer, Backbone, Decoding, Encoded
@@ -43,8 +44,8 @@ class TuneConfig:
 
     @property
     def evaluate_every(self) -> int:
-        """The steps between two evaluations."""
-        return max(1, self.steps // self.evaluations)
+        """The steps between two evaluations: the last one may come sooner, and there are never more of them than asked for."""
+        return math.ceil(self.steps / self.evaluations)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,6 +101,8 @@ class JobTable:
         """Begin with no job; `dim` is the length of a row of theta."""
         self.jobs: list[Job] = []
         self.rows: list[Sequence[list[Encoded]]] = []
+        self.row_tokens: list[float] = []
+        """Of each job's training rows, on average."""
         self.state = {name: torch.zeros(0, dim, device=device) for name in ("theta", "mean", "square", "best_theta")}
         # Losses stay on the device: reading them would make it wait for the host at every step.
         self.state |= {name: torch.zeros(0, device=device) for name in ("first_loss", "last_loss")}
@@ -115,6 +118,7 @@ class JobTable:
             self.state[name] = torch.cat([table, row[None]])
         self.jobs.append(job)
         self.rows.append(job.rows())
+        self.row_tokens.append(fmean(map(len, self.rows[-1][0])))
 
     def snapshot(self) -> Callable[[], dict[Job, dict[str, Tensor]]]:
         """Return a way to read, at any later time, the states that the jobs have now: what `Job.unfinished` can give back."""
@@ -125,6 +129,7 @@ class JobTable:
         """Drop all jobs but these."""
         self.state = {name: table[list(which)] for name, table in self.state.items()}
         self.jobs, self.rows = [self.jobs[i] for i in which], [self.rows[i] for i in which]
+        self.row_tokens = [self.row_tokens[i] for i in which]
 
     def result(self, i: int, space: Space) -> Tuned:
         """Return a job's outcome, copied out of the table."""
@@ -184,8 +189,8 @@ def _has_slot(table: JobTable, slots: int | None, budget: Budget, config: TuneCo
     """Tell whether one more job can be tuned beside those in the table."""
     if slots:
         return len(table.jobs) < slots
-    row_tokens = (prompt_length + sum(map(len, train)) / len(train) for train, _ in table.rows)
-    return len(table.jobs) < 16 or config.batch_size * sum(row_tokens) < 4 * budget.tokens
+    row_tokens = len(table.jobs) * prompt_length + sum(table.row_tokens)
+    return len(table.jobs) < 16 or config.batch_size * row_tokens < 4 * budget.tokens
 
 
 def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) -> None:

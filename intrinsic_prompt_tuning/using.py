@@ -40,11 +40,12 @@ def tuned_prompts(
         if len(tasks) != 1 or not Path(source).exists():
             raise IptError(f"--from is '{source}', expected best, prompt, vector, or, with one --task, a file that is there")
         return {tasks[0]: read_prompt(x, Path(source), tasks[0])}
-    found, like = list(x.found_prompts(tasks).values()) if source != "vector" else [], like or {}
+    found, like = [] if source == "vector" else list(x.found_prompts(tasks).values()), like or {}
     if source != "collected":  # what a vector's subspace was made of is not needed
         for choice in x.found_vectors(x.found("subspace"), tasks):
-            is_vector = "subspace" in (header := choice[0].header)
-            if source in ("best", "vector" if is_vector else "prompt") and not (is_vector and not like.items() <= header.items()):
+            header = choice[0].header
+            kind = "vector" if "subspace" in header else "prompt"
+            if source in ("best", kind) and (kind == "prompt" or like.items() <= header.items()):
                 found.append(choice)
     choices = {task: [choice for choice in found if choice[0].header["task"] == task] for task in tasks}
     missing = [task for task, own in choices.items() if not own]
@@ -56,7 +57,10 @@ def tuned_prompts(
         raise IptError(f"{x.store.folder} holds no tuned {what} of task '{missing[0]}': {remedy}")
     # The best of each grid, and of these that with the least loss: several may answer all validation rows right.
     best = {task: max(map(x.store.best, own), key=by_validation) for task, own in choices.items() if own}
-    return {task: TunedPrompt(x.tuned((of,)), of, told, t.get("intrinsic_vector")) for task, (of, told, t) in best.items()}
+    return {
+        task: TunedPrompt(x.tuned((result,)), result, record, tensors.get("intrinsic_vector"))
+        for task, (result, record, tensors) in best.items()
+    }
 
 
 def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int, dim: int | None) -> dict[str, dict[str, str]]:
@@ -122,7 +126,8 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
 
 
 def _prediction(task: str, example: Example, answer: Answer) -> Prediction:
-    losses = dict(zip(example.options, answer.option_losses, strict=False))  # of options that the data repeat one
+    # None where the answer was generated; of options that the data repeat one.
+    losses = dict(zip(example.options, answer.option_losses, strict=False))
     weights = {option: math.exp(min(losses.values()) - loss) for option, loss in losses.items()}
     shares = {option: weight / sum(weights.values()) for option, weight in weights.items()} or None
     return Prediction(task, example.input, answer.text, shares)

@@ -254,6 +254,14 @@ def test_prompt_and_input_fit_the_positions_that_bart_has(bart: Backbone) -> Non
     assert math.isfinite(answer.loss)
 
 
+def test_a_model_that_sees_has_the_positions_of_its_language_model(t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(str(t5_folder), device="cpu")
+    assert backbone.positions is None
+    text = {"model_type": "mistral", "max_position_embeddings": 77}
+    monkeypatch.setattr(backbone.model, "config", transformers.Mistral3Config(text_config=text))
+    assert backbone.positions == 77
+
+
 def test_an_answer_longer_than_the_positions_that_bart_has_is_cut_to_them(bart: Backbone) -> None:
     row = bart.encode([Example("the fox", ("one two " * 30,))], prompt_length=3)[0]
     assert row.target_ids[-1] == bart.tokenizer.eos_token_id

@@ -36,17 +36,17 @@ def inputs(rows: tuple[Example, ...]) -> list[int]:
 
 
 def test_labels_follow_their_first_row_and_each_gives_its_first_rows_then_its_next() -> None:
-    train, validation = crossfit_sample(LABELLED, seed=42, shots=2, per_label=True)
+    train, validation = crossfit_sample(LABELLED, seed=42, k=2, per_label=True)
     assert (inputs(train), inputs(validation)) == ([8, 1, 7, 9], [5, 0, 3, 6])
 
 
 def test_without_labels_the_shuffled_rows_are_cut_in_two() -> None:
-    train, validation = crossfit_sample(LABELLED, seed=42, shots=4, per_label=False)
+    train, validation = crossfit_sample(LABELLED, seed=42, k=4, per_label=False)
     assert (inputs(train), inputs(validation)) == ([8, 1, 5, 0], [7, 2, 9, 4])
 
 
 def test_a_label_with_too_few_rows_gives_what_it_has() -> None:
-    train, validation = crossfit_sample(LABELLED, seed=42, shots=5, per_label=True)
+    train, validation = crossfit_sample(LABELLED, seed=42, k=5, per_label=True)
     assert (inputs(train), inputs(validation)) == ([8, 1, 5, 0, 2, 7, 9, 3, 6], [4])
 
 
@@ -55,7 +55,7 @@ def test_the_shuffle_is_the_global_legacy_one_of_numpy(seed: int) -> None:
     expected = list(range(100))
     np.random.seed(seed)  # noqa: NPY002  # CrossFit's own call
     np.random.shuffle(expected)  # noqa: NPY002
-    train, validation = crossfit_sample([Example(f"row {n}", ("x",)) for n in range(100)], seed=seed, shots=32, per_label=False)
+    train, validation = crossfit_sample([Example(f"row {n}", ("x",)) for n in range(100)], seed=seed, k=32, per_label=False)
     assert inputs(train) + inputs(validation) == expected[:64]
 
 

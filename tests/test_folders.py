@@ -184,6 +184,7 @@ def test_broken_lines_are_refused(tmp_path: Path) -> None:
     b'{"input": "i", "output": "o", "options": {"o": 1}}', b'{"input": "i", "output": "o", "options": [["o"]]}',
     b'{"input": "i", "output": "o", "options": ["\\ud800", "o"]}', b'{"input": "i", "output": "o", "answers": "o"}',
     b'{"input": "i", "output": "o", "answers": {"o": 1}}', b'{"input": "i", "output": "o", "tail": "x"}',
+    b'{"input": "i", "output": "o", "tail": 2}', b'{"input": "i", "output": "o", "tail": -1}',
     b'{"input": "i", "output": "o", "tail": 1e999}', b'\xef\xbb\xbf{"input": "i", "output": "o"}',
 ])  # fmt: skip
 def test_a_line_that_is_no_row_is_refused_with_file_and_line(tmp_path: Path, line: bytes) -> None:

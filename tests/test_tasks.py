@@ -12,12 +12,18 @@ from conftest import TASKS_FILE
 from intrinsic_prompt_tuning.errors import IptError, nearest
 from intrinsic_prompt_tuning.tasks import TASKS_FILE as SHIPPED
 from intrinsic_prompt_tuning.tasks import Example, Sample, Task, kept, load_tasks, load_worlds, rows_digest
+from intrinsic_prompt_tuning.tasks.checks import check
 from intrinsic_prompt_tuning.tasks.examples import check_names
 
 
 def test_the_nearest_names_are_offered_and_nothing_when_none_is_near() -> None:
     assert nearest("mood-god", ["mood-good", "count-next"]) == "; did you mean 'mood-good'?"
     assert nearest("xyzzy", ["mood-good", "count-next"]) == ""
+
+
+def test_what_two_types_are_called_alike_is_named_once() -> None:
+    with pytest.raises(IptError, match="^here must be a number, not much$"):
+        check("much", int | float, "here")
 
 
 # --- Tasks files ---------------------------------------------------------------------------------

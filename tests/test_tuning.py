@@ -19,7 +19,7 @@ from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.metrics import accuracy
 from intrinsic_prompt_tuning.passes import FEW, Budget
-from intrinsic_prompt_tuning.spaces import Space, low_rank_space, scaled_space, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, fair_space, low_rank_space, untrained_space
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, load_tasks
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, Tuned, prompt_losses, tune
 
@@ -97,7 +97,7 @@ def test_on_the_testbed_neighbours_and_pass_sizes_change_no_bit(kind: str, dim: 
     backbone, tasks = load_backbone("testbed"), load_tasks(TASKS_FILE)
     space = Space(backbone.initial_prompt(8, seed=0), backbone.embedding_rms)
     if kind == "random":
-        space = scaled_space(untrained_space(space.initial_prompt, unit=0.5 * space.unit, dim=dim, inner=768, seed=0), seed=0)
+        space = fair_space(untrained_space(space.initial_prompt, unit=0.5 * space.unit, dim=dim, inner=768, seed=0), seed=0)
     elif kind == "low-rank":
         space = low_rank_space(space.initial_prompt, unit=space.unit, dim=dim, seed=0)
     # Inputs of 12 to 25 tokens, answers of 2 to 3, one word of several.
@@ -335,10 +335,13 @@ def test_a_job_ends_when_all_validation_rows_are_right_and_cost_next_to_nothing(
 
 def test_steps_that_do_not_divide_still_end_with_an_evaluation(t5: Backbone, tasks: dict[str, Task]) -> None:
     space = make_space(t5, "prompt")
-    config = TuneConfig(steps=7, batch_size=2, evaluations=3, patience=0)
-    (result,) = tune(t5, space, [make_job(t5, tasks["animal-class"], torch.zeros(space.dim))], config, slots=1)
-    assert result.record["steps"] == 7
-    assert result.record["best_step"] in (2, 4, 6, 7)
+    for evaluations, expected in ((3, [3, 6, 7]), (4, [2, 4, 6, 7]), (5, [2, 4, 6, 7]), (100, [1, 2, 3, 4, 5, 6, 7])):
+        config, at = TuneConfig(steps=7, batch_size=2, evaluations=evaluations, patience=0), dict[float, Job]()
+        job = make_job(t5, tasks["animal-class"], torch.zeros(space.dim))
+        told = partial(lambda at, job, figures: at.update({figures["step"]: job}), at)
+        (result,) = tune(t5, space, [job], config, slots=1, on_validation=told)
+        assert result.record["steps"] == 7
+        assert list(at) == expected
 
 
 def test_a_job_answers_its_validation_rows_as_it_is_told_to(t5: Backbone, tasks: dict[str, Task]) -> None:

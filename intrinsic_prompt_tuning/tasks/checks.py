@@ -41,7 +41,7 @@ def check(value: Any, hint: Any, where: str) -> None:
     hints = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
     fitting = [one for one in hints if one is Any or isinstance(value, _plain(one))]
     if not fitting:
-        names = " or ".join(NAMES_OF_TYPES[_plain(one)] for one in hints if one is not types.NoneType)
+        names = " or ".join(dict.fromkeys(NAMES_OF_TYPES[_plain(one)] for one in hints if one is not types.NoneType))
         raise IptError(f"{where} must be {names}, not {described(value)}")
     kind, inner = get_origin(fitting[0]), get_args(fitting[0])
     if kind is Literal and value not in inner:

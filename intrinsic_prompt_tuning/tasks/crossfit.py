@@ -8,13 +8,13 @@ from intrinsic_prompt_tuning.tasks.examples import Example, Rows
 CROSSFIT_SEEDS = (100, 13, 21, 42, 87)
 
 
-def crossfit_sample(rows: Sequence[Example], *, seed: int, shots: int, per_label: bool) -> tuple[Rows, Rows]:
+def crossfit_sample(rows: Sequence[Example], *, seed: int, k: int, per_label: bool) -> tuple[Rows, Rows]:
     """Draw train and validation rows exactly as CrossFit does.
 
     Args:
         rows: The whole training set, in the order of its files.
         seed: Of numpy's legacy generator, which shuffles a copy of `rows`.
-        shots: Rows per label where `per_label`, else in total: train takes the first so many, validation the next.
+        k: Rows per label where `per_label`, else in total: train takes the first so many, validation the next.
         per_label: A label is the answer's text; labels follow each other in the order of their first row after the shuffle.
 
     Returns:
@@ -23,8 +23,8 @@ def crossfit_sample(rows: Sequence[Example], *, seed: int, shots: int, per_label
     groups: dict[str, list[Example]] = {}
     for row in shuffled(rows, seed):
         groups.setdefault("\t".join(row.answers) if per_label else "", []).append(row)
-    train = tuple(row for group in groups.values() for row in group[:shots])
-    validation = tuple(row for group in groups.values() for row in group[shots : 2 * shots])
+    train = tuple(row for group in groups.values() for row in group[:k])
+    validation = tuple(row for group in groups.values() for row in group[k : 2 * k])
     return train, validation
 
 

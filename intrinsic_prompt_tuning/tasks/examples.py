@@ -50,7 +50,7 @@ fixed seed, None for all. Raises IptError where there are too few rows.
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A row of tasks.yaml, or few-shot files in a folder."""
+    """A row of tasks.yaml, few-shot files in a folder, or one's own table."""
 
     name: str
     kind: str

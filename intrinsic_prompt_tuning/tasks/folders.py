@@ -1,6 +1,6 @@
 """Few-shot files: what CrossFit (TSV) and MetaICL (JSONL) build, and what the cache keeps of every sample that was drawn.
 
-<folder>/<task>/<task>_<k>_<data seed>_{train,dev,test}.{tsv,jsonl}, and <task>_test.jsonl for all seeds
+<folder>/<task>/<task>_<k>_<data seed>_{train,dev,test}.{tsv,jsonl}, and <task>_test.{tsv,jsonl} for all seeds
 """
 
 import contextlib
@@ -112,8 +112,8 @@ def _json_row(line: str, where: str) -> Example:
         "".join([text, *answers, *options]).encode()  # half a character is none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IptError(f"{where}: expected a JSON object with input, output and options ({error!r})") from error
-    if not (isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int)):
-        raise IptError(f"{where}: expected text in input and output, and a list of texts in options")
+    if not (isinstance(answers, list) and isinstance(options, list) and isinstance(tail, int) and 0 <= tail <= len(text)):
+        raise IptError(f"{where}: expected text in input and output, and a list of texts in options; a tail is within the input")
     return Example(text, tuple(answers), tuple(options), tail)
 
 

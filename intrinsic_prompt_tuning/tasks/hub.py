@@ -21,7 +21,7 @@ from intrinsic_prompt_tuning.tasks.records import CLEANERS, TRANSFORMS, Record, 
 CONVERTED = "refs/convert/parquet"
 WAY_OUT = "; a folder of CrossFit or MetaICL files can stand in: --data DIR"
 READERS = ("csv", "json", "parquet", "text")
-"""Data sets that are local files."""
+"""Data sets that are files, local ones or URLs."""
 Cleaner = Literal["", "strip", "newlines", "breaks", "whitespace", "quotes", "letter", "compact"]
 
 
@@ -95,7 +95,7 @@ class HubRow:
         per_label = self.kind == "classification"
         count = shots if per_label else 2 * shots
         rows = self.rows_of_split(self.train)
-        train, validation = crossfit_sample(rows, seed=data_seed, shots=count, per_label=per_label)
+        train, validation = crossfit_sample(rows, seed=data_seed, k=count, per_label=per_label)
         if not validation:
             have = f"the {len(rows)} rows of '{self.train}'"
             raise IptError(f"{self.where}: {have} are too few for {count} shots and validation rows")

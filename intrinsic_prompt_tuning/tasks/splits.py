@@ -23,9 +23,9 @@ def split_tasks(tasks: Mapping[str, Task], name: str) -> dict[str, str]:
         return read_split(Path(name), tasks)
     base = {task.name: task.splits["random"] for task in tasks.values() if "random" in task.splits}
     types = {task: f"without-{kind}" for task in base if (kind := tasks[task].category.partition("/")[2])}
-    if name in types.values():
+    if left_out := {task for task, split in types.items() if split == name}:
         return {
-            t: "unseen" if types.get(t) == name else role for t, role in base.items() if name == types.get(t) or role == "seen"
+            task: "unseen" if task in left_out else "seen" for task, role in base.items() if task in left_out or role == "seen"
         }
     known = sorted({*types.values(), *(split for task in tasks.values() for split in task.splits)})
     if name not in known:

@@ -88,7 +88,7 @@ def _draw(name: str, parts: Mapping[str, list[Example]], per_label: bool, seed: 
         raise IptError(
             f"task '{name}' has {there} {what} beside its test rows, and --shots {shots} wants {wanted}: {way}add rows"
         )
-    draw = partial(crossfit_sample, seed=seed, shots=count, per_label=per_label)
+    draw = partial(crossfit_sample, seed=seed, k=count, per_label=per_label)
     train, validation = draw(parts["train"])
     return Sample(train, draw(parts["validation"])[0] or validation, drawn_test_rows(parts["test"], test_rows))
 
