@@ -56,67 +56,59 @@ class SubspaceConfig:
             raise IptError("both losses are switched off, nothing is learned: leave --no-lm-loss or --no-reconstruction-loss out")
 
 
-class SubspaceFits:
-    """Subspaces of several dimensions that are learned side by side, on the same draws of tasks and rows.
+class SubspaceFit:
+    """A subspace that is being learned.
 
     Adafactor keeps next to nothing beside the weights, where Adam keeps two more copies; it learned better, too.
     """
 
-    def __init__(self, initial_prompt: Tensor, unit: float, dims: Sequence[int], config: SubspaceConfig) -> None:
-        """Begin with untrained subspaces, one per dimension."""
-        self.step, self.config = 0, config
-        self.total = config.steps_before + config.subspace_steps
-        seed, inner = config.subspace_seed, config.inner
-        self.spaces = [untrained_space(initial_prompt, unit=unit, dim=dim, inner=inner, seed=seed) for dim in dims]
-        self.optimizers = [torch.optim.Adafactor([w.requires_grad_() for w in s.weights.values()]) for s in self.spaces]
-        self.lm_losses = torch.full((len(dims),), math.nan)
+    def __init__(self, space: Space, config: SubspaceConfig) -> None:
+        """Begin with an untrained subspace."""
+        self.space, self.config, self.step, self.total = space, config, 0, config.steps_before + config.subspace_steps
+        self.optimizer = torch.optim.Adafactor([weight.requires_grad_() for weight in space.weights.values()])
+        self.lm_loss = torch.tensor(math.nan)
         """Mean LM loss per target token at the last step, on the backbone's device; nan where it is off."""
-        self.unexplained = self.lm_losses
+        self.unexplained = torch.tensor(math.nan)
         """Reconstruction error at the last step, likewise."""
         self._updating = False
 
-    def states(self) -> list[dict[str, Tensor]]:
-        """Return, of each subspace, step, losses and by `layer name` weights and optimiser states: all that a checkpoint needs.
+    def state(self) -> dict[str, Tensor]:
+        """Return step, losses and by `layer name` weights and optimiser states: all that a checkpoint needs.
 
         Nothing in the middle of an update, where an interruption may ask.
         """
         if self._updating or not self.step:
-            return []
-        states: list[dict[str, Tensor]] = []
-        for space, optimizer, lm, error in zip(self.spaces, self.optimizers, self.lm_losses, self.unexplained, strict=True):
-            states.append({"step": torch.tensor(float(self.step)), "lm_loss": lm, "unexplained": error})
-            for layer, weight in space.weights.items():
-                own = {"weight": weight.detach()} | optimizer.state[weight]
-                states[-1] |= {f"{layer} {name}": tensor for name, tensor in own.items() if name != "step"}
-        return states
+            return {}
+        state = {"step": torch.tensor(float(self.step)), "lm_loss": self.lm_loss, "unexplained": self.unexplained}
+        for layer, weight in self.space.weights.items():
+            own = {"weight": weight.detach()} | self.optimizer.state[weight]
+            state |= {f"{layer} {name}": tensor for name, tensor in own.items() if name != "step"}
+        return state
 
-    def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on from states, all of one step."""
-        self.step = int(states[0]["step"])
-        self.lm_losses, self.unexplained = (torch.stack([s[name] for s in states]) for name in ("lm_loss", "unexplained"))
-        for space, optimizer, state in zip(self.spaces, self.optimizers, states, strict=True):
-            for layer, weight in space.weights.items():
-                own = {key.partition(" ")[2]: t.to(weight) for key, t in state.items() if key.partition(" ")[0] == layer}
-                weight.data.copy_(own.pop("weight"))
-                optimizer.state[weight] = own | {"step": torch.tensor(float(self.step))}
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        self.step, self.lm_loss, self.unexplained = int(state["step"]), state["lm_loss"], state["unexplained"]
+        for layer, weight in self.space.weights.items():
+            own = {key.partition(" ")[2]: t.to(weight) for key, t in state.items() if key.partition(" ")[0] == layer}
+            weight.data.copy_(own.pop("weight"))
+            self.optimizer.state[weight] = own | {"step": torch.tensor(float(self.step))}
 
-    def update(self, losses: Sequence[Tensor]) -> None:
-        """Take a step for each subspace, its rate warmed up, then falling linearly over the second half.
+    def update(self, loss: Tensor) -> None:
+        """Take a step, its rate warmed up, then falling linearly over the second half.
 
         Raises:
-            IptError: a loss is not finite.
+            IptError: the loss is not finite.
         """
         taken, total, self._updating = self.step, self.total, True
-        for optimizer, space, loss in zip(self.optimizers, self.spaces, losses, strict=True):
-            if not loss.isfinite():
-                raise IptError(
-                    f"dim {space.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or --precision fp32"
-                )
-            rate = min(1, (taken + 1) / 50, 2 * (total - taken) / total)
-            optimizer.param_groups[0]["lr"] = self.config.subspace_learning_rate * rate
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()  # at once, so that gradients of one subspace at a time are in memory
+        if not loss.isfinite():
+            raise IptError(
+                f"dim {self.space.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or --precision fp32"
+            )
+        rate = min(1, (taken + 1) / 50, 2 * (total - taken) / total)
+        self.optimizer.param_groups[0]["lr"] = self.config.subspace_learning_rate * rate
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step, self._updating = taken + 1, False
 
 
@@ -126,14 +118,14 @@ def check_dim(dim: int, initial_prompt: Tensor) -> None:
         raise IptError(f"--dim {dim} is larger than the prompt itself, {initial_prompt.numel()} numbers: use a smaller --dim")
 
 
-def fit_subspaces(
-    backbone: Backbone, soft_prompts: Tensor, initial_prompt: Tensor, rows: Sequence[Sequence[Encoded]], dims: Sequence[int],
-    config: SubspaceConfig, *, unfinished: Sequence[Mapping[str, Tensor]] = (),
-    on_step: Callable[[SubspaceFits], None] = lambda fits: None,
-) -> list[tuple[Space, dict[str, float]]]:  # fmt: skip
-    """Find subspaces of collected prompts, and the losses at the last step; what each comes to does not depend on the others.
+def fit_subspace(
+    backbone: Backbone, soft_prompts: Tensor, initial_prompt: Tensor, rows: Sequence[Sequence[Encoded]], dim: int,
+    config: SubspaceConfig, *, unfinished: Mapping[str, Tensor] | None = None,
+    on_step: Callable[[SubspaceFit], None] = lambda fit: None,
+) -> tuple[Space, dict[str, float]]:  # fmt: skip
+    """Find the subspace of collected prompts; return it, and the losses at the last step.
 
-    A decoder maps each drawn task's vector once a step, whatever the number of its rows: the rows only see prompts, and what
+    The decoder maps each drawn task's vector once a step, whatever the number of its rows: the rows only see prompts, and what
     comes back is the loss's gradient with respect to those.
 
     Args:
@@ -141,55 +133,48 @@ def fit_subspaces(
         soft_prompts: (tasks, prompt_length, hidden).
         initial_prompt: (prompt_length, hidden), the start that they share.
         rows: each task's training rows.
-        dims: intrinsic dimensions, one subspace each.
+        dim: the intrinsic dimension.
         config: the losses and the optimiser.
-        unfinished: states to go on from, one a dimension, all of one step.
+        unfinished: a state to go on from.
         on_step: called before the first step and after each.
 
     Raises:
-        IptError: an intrinsic dimension exceeds the prompt's, or a loss is not finite.
+        IptError: the intrinsic dimension exceeds the prompt's, the prompts are all where they began, or a loss is not finite.
     """
-    for dim in dims:
-        check_dim(dim, initial_prompt)
-    fits = SubspaceFits(initial_prompt, unit_of(soft_prompts, initial_prompt), dims, config)
+    check_dim(dim, initial_prompt)
+    unit, inner, seed = unit_of(soft_prompts, initial_prompt), config.inner, config.subspace_seed
+    fit = SubspaceFit(untrained_space(initial_prompt, unit=unit, dim=dim, inner=inner, seed=seed), config)
     if unfinished:
-        fits.restore(unfinished)
-    on_step(fits)
-    while fits.step < fits.total:
-        _fit_step(backbone, fits, soft_prompts, rows)
-        on_step(fits)
-    figures = [{"lm_loss": float(lm), "unexplained": float(e)} for lm, e in zip(fits.lm_losses, fits.unexplained, strict=True)]
-    records = [{name: value for name, value in own.items() if math.isfinite(value)} for own in figures]
-    return [(_unit_vectors(space, soft_prompts), own) for space, own in zip(fits.spaces, records, strict=True)]
+        fit.restore(unfinished)
+    on_step(fit)
+    while fit.step < fit.total:
+        _fit_step(backbone, fit, soft_prompts, rows)
+        on_step(fit)
+    record = {"lm_loss": float(fit.lm_loss), "unexplained": float(fit.unexplained)}
+    return _unit_vectors(fit.space, soft_prompts), {name: value for name, value in record.items() if math.isfinite(value)}
 
 
-def _fit_step(backbone: Backbone, fits: SubspaceFits, soft_prompts: Tensor, rows: Sequence[Sequence[Encoded]]) -> None:
-    """Draw tasks and rows, and update every subspace on them."""
-    config, tasks, on_rows = fits.config, range(len(soft_prompts)), fits.step >= fits.config.steps_before
+def _fit_step(backbone: Backbone, fit: SubspaceFit, soft_prompts: Tensor, rows: Sequence[Sequence[Encoded]]) -> None:
+    """Draw tasks and rows, and update the subspace on them."""
+    config, space, tasks = fit.config, fit.space, range(len(soft_prompts))
+    on_rows = fit.step >= config.steps_before
     # All randomness follows from seed and step, so that a checkpoint need not hold it.
-    rng = random.Random(f"{config.subspace_seed} {fits.step}")
-    generator = torch.Generator().manual_seed(config.subspace_seed + 7919 * fits.step)
+    rng = random.Random(f"{config.subspace_seed} {fit.step}")
+    generator = torch.Generator().manual_seed(config.subspace_seed + 7919 * fit.step)
     drawn = rng.sample(tasks, min(config.tasks_per_step, len(tasks))) if on_rows else list(tasks)
-    wanted, noise = soft_prompts[drawn], generator.get_state()
-    reconstructed = [_reconstruct(s, wanted, config.noise, generator.set_state(noise)) for s in fits.spaces]
-    unexplained = [s.unexplained(wanted, r) for s, r in zip(fits.spaces, reconstructed, strict=True)]
-    losses = [config.alpha * share * config.reconstruction_loss for share in unexplained]
+    vectors = space.project(wanted := soft_prompts[drawn])
+    noise = to_device(torch.randn(vectors.shape, generator=generator), vectors.device)
+    reconstructed = space.back_project(vectors + config.noise * noise)
+    unexplained = space.unexplained(wanted, reconstructed)
+    loss = config.alpha * unexplained * config.reconstruction_loss
     if config.lm_loss and on_rows:
         count = config.rows_per_task
         batch = [(i, e) for i, task in enumerate(drawn) for e in rng.sample(rows[task], min(count, len(rows[task])))]
-        batches = [(i + n * len(drawn), e) for n in range(len(losses)) for i, e in batch]
-        lm_losses, gradients = prompt_losses(backbone, torch.cat(reconstructed).detach(), batches)
-        fits.lm_losses = lm_losses.view(len(losses), -1).mean(1)
-        for n, (prompts, gradient) in enumerate(zip(reconstructed, gradients.chunk(len(losses)), strict=True)):
-            losses[n] = losses[n] + (prompts * gradient).sum() / len(drawn)  # its gradient is the mean LM loss's
-    fits.unexplained = torch.stack(unexplained).detach()
-    fits.update(losses)
-
-
-def _reconstruct(space: Space, soft_prompts: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Map prompts through the subspace, with noise on their intrinsic vectors."""
-    vectors = space.project(soft_prompts)
-    return space.back_project(vectors + noise * to_device(torch.randn(vectors.shape, generator=generator), vectors.device))
+        lm_losses, gradient = prompt_losses(backbone, reconstructed.detach(), batch)
+        fit.lm_loss = lm_losses.mean()
+        loss = loss + (reconstructed * gradient).sum() / len(drawn)  # its gradient is the mean LM loss's
+    fit.unexplained = unexplained.detach()
+    fit.update(loss)
 
 
 def _unit_vectors(space: Space, soft_prompts: Tensor) -> Space:

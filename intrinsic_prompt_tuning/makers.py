@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from intrinsic_prompt_tuning.backbone import Encoded
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context
 from intrinsic_prompt_tuning.files import digest
-from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, fit_subspaces
+from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFit, fit_subspace
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, collection_name
@@ -89,30 +88,22 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
 
 
 def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
-    """Find subspaces, side by side those of one collection and configuration that were stopped at the same step."""
-    groups: dict[Any, list[tuple[Result, Mapping[str, Tensor]]]] = {}
-    done = 0.0
+    """Find subspaces, one after the other."""
+    done, initial = 0.0, x.prompt_space.initial_prompt
     for result in results:
-        header, state = result.header, x.store.unfinished(result)
-        stopped = float(state["step"]) if state else 0.0
-        learned = header["space"] == "subspace"
-        groups.setdefault((learned, digest([header["prompts"], header["config"]]), stopped), []).append((result, state))
-    for (learned, *_), group in groups.items():
-        members, states = [result for result, _ in group], [state for _, state in group if state]
-        prompts, config = x.prompts(members[0].inputs), SubspaceConfig(**members[0].header["config"])
-        if not learned:
-            yield from (_unlearned(x, result, prompts, config) for result in members)
+        prompts, config = x.prompts(result.inputs), SubspaceConfig(**result.header["config"])
+        if result.header["space"] != "subspace":
+            yield _unlearned(x, result, prompts, config)
             continue
 
-        def on_step(fits: SubspaceFits, members: Sequence[Result] = members, done: float = done) -> None:
-            after_step(lambda: dict(zip(members, fits.states(), strict=False)), done + fits.step * len(members))
+        def on_step(fit: SubspaceFit, result: Result = result, done: float = done) -> None:
+            after_step(lambda: {result: state} if (state := fit.state()) else {}, done + fit.step)
 
-        rows = [x.encoded(choice[0].header["task"], COLLECTION_SEED)[0] for choice in members[0].inputs]
-        dims, initial = [result.header["dim"] for result in members], x.prompt_space.initial_prompt
-        found = fit_subspaces(x.backbone, prompts, initial, rows, dims, config, unfinished=states, on_step=on_step)
-        for result, (space, record) in zip(members, found, strict=True):
-            done += result.cost.steps
-            yield Made(result, {"unit": space.unit} | record, space.weights)
+        rows, state = [x.encoded(own[0].header["task"], COLLECTION_SEED)[0] for own in result.inputs], x.store.unfinished(result)
+        dim = result.header["dim"]
+        space, record = fit_subspace(x.backbone, prompts, initial, rows, dim, config, unfinished=state, on_step=on_step)
+        done += result.cost.steps
+        yield Made(result, {"unit": space.unit} | record, space.weights)
 
 
 def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConfig) -> Made:

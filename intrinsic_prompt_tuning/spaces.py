@@ -77,8 +77,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def unit_of(soft_prompts: Tensor, initial_prompt: Tensor) -> float:
-    """Return the root mean square of soft prompts' differences to the initial prompt."""
-    return float((soft_prompts - initial_prompt).pow(2).mean().sqrt())
+    """Return the root mean square of soft prompts' differences to the initial prompt.
+
+    Raises:
+        IptError: it is zero.
+    """
+    if unit := float((soft_prompts - initial_prompt).pow(2).mean().sqrt()):
+        return unit
+    raise IptError("the soft prompts are all where they began: tune them with more steps or a larger --learning-rate")
 
 
 def untrained_space(initial_prompt: Tensor, *, unit: float, dim: int, inner: int, seed: int) -> Space:

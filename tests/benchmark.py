@@ -41,8 +41,8 @@ import transformers
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch.utils.data import DataLoader
 
+from intrinsic_prompt_tuning import finding
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
-from intrinsic_prompt_tuning.finding import SubspaceConfig, fit_subspaces
 from intrinsic_prompt_tuning.layout import Layout
 from intrinsic_prompt_tuning.passes import first_budgets, padded
 from intrinsic_prompt_tuning.seq2seq import Seq2Seq, share_position_bias
@@ -189,12 +189,12 @@ def fit_subspace(shape: str, dim: int) -> None:
     """Learn to reconstruct 100 prompts of 100 tokens; print how long a step takes and what it keeps in memory."""
     hidden, times = SHAPES[shape].d_model, []
     prompts, initial = torch.randn(100, 100, hidden), torch.zeros(100, hidden)
-    config = SubspaceConfig(subspace_steps=1, warmup_steps=5, lm_loss=False)
+    config = finding.SubspaceConfig(subspace_steps=1, warmup_steps=5, lm_loss=False)
     size = 4 * (dim * (prompts[0].numel() + 1 + config.inner) + config.inner + prompts[0].numel() * (config.inner + 1)) / 1e9
     before = peak_memory(lambda: None)[1]
     _, peak = peak_memory(
-        lambda: fit_subspaces(
-            None, prompts, initial, [[]] * 100, [dim], config, on_step=lambda fits: times.append(time.perf_counter())
+        lambda: finding.fit_subspace(
+            None, prompts, initial, [[]] * 100, dim, config, on_step=lambda fit: times.append(time.perf_counter())
         )
     )  # fmt: skip
     seconds = statistics.median(b - a for a, b in itertools.pairwise(times))

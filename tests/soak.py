@@ -101,8 +101,7 @@ def watch_steps(tell: Callable[[str, int], None]) -> None:
         step(*arguments)
 
     def fit_steps(*arguments: Any) -> None:
-        for space in arguments[1].spaces:
-            tell(f"subspace-{space.dim}", arguments[1].step + 1)
+        tell(f"subspace-{arguments[1].space.dim}", arguments[1].step + 1)
         fit_step(*arguments)
 
     def answers(x: Any, scores: Any, said: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFits, _unit_vectors, fit_subspaces
+from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFit, _unit_vectors, fit_subspace
 from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Task
 
@@ -32,14 +32,14 @@ def fit(
 ) -> tuple[tuple[Space, dict[str, float]], list[tuple[float, float]], Tensor]:
     """Fit a subspace to prompts of all tasks; return it, (LM loss, unexplained variance) of every step, and the prompts."""
     (prompts, initial, rows), told = fit_inputs(backbone, tasks), []
-    (found,) = fit_subspaces(
+    found = fit_subspace(
         backbone,
         prompts,
         initial,
         rows,
-        [dim],
+        dim,
         dataclasses.replace(FIT, **changes),
-        on_step=lambda fits: told.append((float(fits.lm_losses[0]), float(fits.unexplained[0]))),
+        on_step=lambda fit: told.append((float(fit.lm_loss), float(fit.unexplained))),
     )
     return found, told[1:], prompts
 
@@ -57,18 +57,6 @@ def test_fitting_lowers_the_unexplained_variance_and_tells_both_losses(backbone:
     assert record == {"lm_loss": told[-1][0], "unexplained": told[-1][1]}
     assert all(not weight.requires_grad for weight in space.weights.values())
     assert all(weight.grad is None for weight in backbone.model.parameters())
-
-
-def test_subspaces_fitted_side_by_side_are_those_fitted_alone(t5: Backbone, tasks: dict[str, Task]) -> None:
-    prompts, initial, rows = fit_inputs(t5, tasks)
-    config = dataclasses.replace(FIT, subspace_steps=20)
-    both = fit_subspaces(t5, prompts, initial, rows, [6, 4], config)
-    assert [space.dim for space, _ in both] == [6, 4]
-    for dim, together in zip((6, 4), both, strict=True):
-        (alone,) = fit_subspaces(t5, prompts, initial, rows, [dim], config)
-        for name, weight in alone[0].weights.items():
-            torch.testing.assert_close(together[0].weights[name], weight, rtol=1e-3, atol=1e-4)
-        assert together[1] == pytest.approx(alone[1], rel=1e-3)
 
 
 def test_the_lm_loss_can_be_switched_off(t5: Backbone, tasks: dict[str, Task]) -> None:
@@ -137,35 +125,37 @@ def test_a_loss_that_is_not_finite_names_dim_and_step(t5: Backbone, tasks: dict[
         fit(t5, tasks, alpha=1e39)
 
 
-def test_a_fit_holds_its_subspaces_once_and_the_gradient_of_one_of_them(
+def test_a_fit_holds_its_subspace_once_and_a_gradient_only_during_a_step(
     t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the optimiser remembers beside them is small."""
-    held, between, step, optimizers = list[float](), list[float](), torch.optim.Adafactor.step, list[torch.optim.Optimizer]()
+    """What the optimiser remembers beside it is small."""
+    held, between, step = list[float](), list[float](), torch.optim.Adafactor.step
 
-    def copies() -> float:
-        weights = [weight for optimizer in optimizers for weight in optimizer.param_groups[0]["params"]]
-        states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
+    def copies(optimizer: torch.optim.Optimizer) -> float:
+        weights = optimizer.param_groups[0]["params"]
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
         tensors = [*weights, *(weight.grad for weight in weights if weight.grad is not None), *states]
         return sum(t.numel() for t in tensors) / sum(w.numel() for w in weights)
 
     def counting(optimizer: torch.optim.Adafactor) -> None:
         step(optimizer)
-        held.append(copies())
-
-    def count(fits: SubspaceFits) -> None:
-        optimizers[:] = fits.optimizers
-        between.append(copies())
+        held.append(copies(optimizer))
 
     monkeypatch.setattr(torch.optim.Adafactor, "step", counting)
     initial = t5.initial_prompt(50, seed=0)
     prompts = initial + torch.randn(7, *initial.shape, generator=torch.Generator().manual_seed(0))
     rows = [rows_of(t5, task) for task in tasks.values()]
     config = dataclasses.replace(FIT, inner=100, subspace_steps=2, warmup_steps=2)
-    fit_subspaces(t5, prompts, initial, rows, [100, 90], config, on_step=count)
-    assert max(between) < 1.1
-    assert min(held[2:]) > 1.4
-    assert max(held) < 1.7
+    fit_subspace(t5, prompts, initial, rows, 100, config, on_step=lambda fit: between.append(copies(fit.optimizer)))
+    assert len(between) == 5 and max(between) < 1.1
+    assert len(held) == 4 and min(held) > 1.9
+    assert max(held) < 2.1
+
+
+def test_prompts_that_are_all_where_they_began_are_refused(t5: Backbone, tasks: dict[str, Task]) -> None:
+    _, initial, rows = fit_inputs(t5, tasks)
+    with pytest.raises(IptError, match="the soft prompts are all where they began: tune them with more steps"):
+        fit_subspace(t5, initial.expand(7, -1, -1), initial, rows, 6, FIT)
 
 
 def test_rescaling_the_code_changes_no_reconstruction(t5: Backbone) -> None:
@@ -193,59 +183,57 @@ def test_fitting_depends_on_the_seed_alone(t5: Backbone, tasks: dict[str, Task])
 
 
 @pytest.mark.parametrize("at", [30, 70, 80])
-def test_fits_that_were_stopped_go_on_from_their_states_to_the_same_subspaces(
+def test_a_fit_that_was_stopped_goes_on_from_its_state_to_the_same_subspace(
     t5: Backbone, tasks: dict[str, Task], at: int
 ) -> None:
-    (prompts, initial, rows), stopped = fit_inputs(t5, tasks), list[dict[str, Tensor]]()
+    (prompts, initial, rows), stopped = fit_inputs(t5, tasks), dict[str, Tensor]()
     config = dataclasses.replace(FIT, subspace_steps=20)
 
-    def stop(fits: SubspaceFits) -> None:
-        if fits.step == at:
-            stopped.extend({name: tensor.clone() for name, tensor in state.items()} for state in fits.states())
+    def stop(fit: SubspaceFit) -> None:
+        if fit.step == at:
+            stopped.update({name: tensor.clone() for name, tensor in fit.state().items()})
             raise KeyboardInterrupt
 
-    whole = fit_subspaces(t5, prompts, initial, rows, [6, 4], config)
+    whole = fit_subspace(t5, prompts, initial, rows, 6, config)
     with pytest.raises(KeyboardInterrupt):
-        fit_subspaces(t5, prompts, initial, rows, [6, 4], config, on_step=stop)
-    assert [float(state["step"]) for state in stopped] == [at, at]
-    resumed = fit_subspaces(t5, prompts, initial, rows, [6, 4], config, unfinished=stopped)
-    for a, b in zip(whole, resumed, strict=True):
-        assert all(torch.equal(a[0].weights[name], b[0].weights[name]) for name in a[0].weights)
-        assert a[1] == b[1]
+        fit_subspace(t5, prompts, initial, rows, 6, config, on_step=stop)
+    assert float(stopped["step"]) == at
+    resumed = fit_subspace(t5, prompts, initial, rows, 6, config, unfinished=stopped)
+    assert all(torch.equal(whole[0].weights[name], resumed[0].weights[name]) for name in whole[0].weights)
+    assert whole[1] == resumed[1]
 
 
-def test_there_are_no_states_before_the_first_step_and_in_the_middle_of_an_update(
+def test_there_is_no_state_before_the_first_step_and_in_the_middle_of_an_update(
     t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped there, one subspace would be a step ahead of the other."""
+    """Stopped there, weights and optimiser would be of the next step, the count of the last."""
     prompts, initial, rows = fit_inputs(t5, tasks)
-    seen, told, update, updates = list[SubspaceFits](), list[list[dict[str, Tensor]]](), torch.optim.Adafactor.step, 0
+    seen, told, update, updates = list[SubspaceFit](), list[dict[str, Tensor]](), torch.optim.Adafactor.step, 0
 
-    def keep(fits: SubspaceFits) -> None:
-        seen[:] = [fits]
-        told.append(fits.states())
+    def keep(fit: SubspaceFit) -> None:
+        seen[:] = [fit]
+        told.append(fit.state())
 
     def interrupted(optimizer: torch.optim.Adafactor) -> None:
         nonlocal updates
         updates += 1
         update(optimizer)
-        if updates == 5:  # the first subspace's third
+        if updates == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.optim.Adafactor, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit_subspaces(t5, prompts, initial, rows, [6, 4], FIT, on_step=keep)
-    assert [len(states) for states in told] == [0, 2, 2]
-    assert [float(state["step"]) for states in told for state in states] == [1, 1, 2, 2]
-    assert seen[0].states() == []
+        fit_subspace(t5, prompts, initial, rows, 6, FIT, on_step=keep)
+    assert [float(state["step"]) if state else 0 for state in told] == [0, 1, 2]
+    assert seen[0].state() == {}
 
 
 def test_an_interruption_between_the_updates_finds_the_states_of_the_last(
     t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (prompts, initial, rows), seen = fit_inputs(t5, tasks), list[SubspaceFits]()
+    (prompts, initial, rows), seen = fit_inputs(t5, tasks), list[SubspaceFit]()
     config = dataclasses.replace(FIT, subspace_steps=5, warmup_steps=5)
-    (whole,) = fit_subspaces(t5, prompts, initial, rows, [6], config)
+    whole = fit_subspace(t5, prompts, initial, rows, 6, config)
     project, calls = Space.project, 0
 
     def interrupted(space: Space, soft_prompts: Tensor) -> Tensor:
@@ -257,9 +245,9 @@ def test_an_interruption_between_the_updates_finds_the_states_of_the_last(
 
     monkeypatch.setattr(Space, "project", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit_subspaces(t5, prompts, initial, rows, [6], config, on_step=lambda fits: seen.append(fits))
+        fit_subspace(t5, prompts, initial, rows, 6, config, on_step=seen.append)
     monkeypatch.undo()
-    (state,) = seen[-1].states()
+    state = seen[-1].state()
     assert float(state["step"]) == 7
-    (resumed,) = fit_subspaces(t5, prompts, initial, rows, [6], config, unfinished=[state])
+    resumed = fit_subspace(t5, prompts, initial, rows, 6, config, unfinished=state)
     assert all(torch.equal(whole[0].weights[name], resumed[0].weights[name]) for name in whole[0].weights)

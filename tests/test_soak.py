@@ -228,24 +228,27 @@ def test_scoring_goes_on_with_the_row_at_which_it_was_stopped_and_a_damaged_stat
     assert {name: left.get(name) for name in scores} == {name: plain[0][name] for name in scores}
 
 
-def test_a_subspace_whose_state_is_damaged_begins_anew_and_the_one_beside_it_goes_on(
-    plain: Any, shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damaged", [False, True])
+def test_of_two_subspaces_the_one_that_was_stopped_goes_on_or_begins_anew_where_its_state_is_damaged(
+    plain: Any, shared_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     for name, content in plain[0].items():
         if "/soft-prompts/" in name:
             write_bytes(tmp_path / name, content)
-    taken, step = list[tuple[list[int], int]](), finding._fit_step
+    taken, step = list[tuple[int, int]](), finding._fit_step
 
     def counted(*arguments: Any) -> None:
-        taken.append(([space.dim for space in arguments[1].spaces], arguments[1].step))
-        if len(taken) == 100:
+        taken.append((arguments[1].space.dim, arguments[1].step))
+        if len(taken) == 304:
             signal.raise_signal(signal.SIGINT)
         step(*arguments)
 
     monkeypatch.setattr(finding, "_fit_step", counted)
     fit = ("fit-subspace", "--dim", 5, "--dim", 3, "--subspace-steps", 4, *shared_options, "--cache", tmp_path, "--processes", 1)
     assert run_ipt(*fit).code == 130
-    next(tmp_path.glob("*/subspaces/5-*.unfinished")).write_bytes(b"half")
+    (state,) = tmp_path.glob("*/subspaces/*.unfinished")
+    if damaged:
+        state.write_bytes(b"half")
     assert run_ipt(*fit).code == 0
-    assert taken[:100] == [([5, 3], n) for n in range(100)]
-    assert sorted(taken[100:]) == [([3], n) for n in range(99, 204)] + [([5], n) for n in range(204)]
+    assert taken[:304] == [(5, n) for n in range(204)] + [(3, n) for n in range(100)]
+    assert taken[304:] == [(3, n) for n in range(0 if damaged else 99, 204)]
