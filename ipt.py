@@ -130,7 +130,7 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     content, here = read_mapping(file), str(context.info_name)
     check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
     given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
-    every = {flag for options in flags.values() for flag in options}
+    every = {flag for options in flags.values() for flag in options} - {"--config"}
     if content and not given and here not in content:
         raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
     for name, value in given.items():
@@ -277,8 +277,8 @@ def tune(
 
     Example: ipt tune --task day-next --dim 250 --data-seed 21
     """
-    if space == "prompt" and start != "random":
-        raise IptError(f"--start {start} is for vectors: 'ipt collect --start' is for prompts")
+    if space == "prompt" and (start != "random" or dim or subspace):
+        raise IptError("--start, --dim and --subspace are for vectors: 'ipt collect --start' is for prompts")
     tasks = x.chosen(task, seen, unseen)
     spaces = [] if space == "prompt" else [x.choose_subspace(space, one, subspace) for one in dim or [250]]
     good = x.with_rows(tasks, data_seed)

@@ -169,10 +169,8 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
     made = {result.name: result for result in (*x.store.found("soft-prompt")[0], *x.store.found("intrinsic-vector")[0])}
     exported = {prompt.result.name for prompt in prompts.values()}
     ours = [score for score in scores if score.header["of"] and exported & {*score.header["of"][0]}]
-    tested = [(score, [made[name] for name in score.header["of"][0] if name in made]) for score in ours]
     # A score is of the best of its candidates, which is not known when some are gone.
-    whole = [(s, tuple(of)) for s, of in tested if len(of) == len(s.header["of"][0]) or any(map(x.store.is_solved, of))]
-    tests = {x.store.best(of)[0].name: score for score, of in whole}
+    tests = {x.store.best(of)[0].name: score for score in ours if (of := x.store.complete(score.header["of"][0], made))}
     for folder, prompt in prompts.items():
         vector = {} if prompt.vector is None else {"intrinsic_vector": prompt.vector}
         write_file(folder / WEIGHTS, prompt.result.header, prompt.record, {"prompt_embeddings": prompt.soft_prompt} | vector)

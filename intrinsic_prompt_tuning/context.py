@@ -43,17 +43,13 @@ class Options:
 
     backbone: Annotated[str, Setting("Hub id, folder or .gguf file of a causal or encoder-decoder model.")] = TESTBED
     split: Annotated[str, Setting("Which tasks are seen and unseen: a name, or a YAML file.")] = "random"
-    data: Annotated[
-        Path | None, Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files (CrossFit's, MetaICL's).")
-    ] = None
+    data: Annotated[Path | None, Setting("Your .csv, .tsv or .jsonl, or a folder of them, or of few-shot files.")] = None
     columns: Annotated[str, DATA("Of your tables: INPUT,ANSWER or INPUT,ANSWER,OPTIONS.", shown_default="by their names")] = ""
     kind: Annotated[Kind | None, DATA("Of your tables without options.", shown_default="by their rows")] = None
     tasks_file: Annotated[Path, DATA("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, TUNING("Tokens of a soft prompt.", least=1, most=100_000)] = 100
-    initial_text: Annotated[
-        str, TUNING("What all soft prompts start from, repeated; '' is random words.", shown_default="random words")
-    ] = ""
+    initial_text: Annotated[str, TUNING("What soft prompts start from, repeated.", shown_default="random words, as by ''")] = ""
     shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
     test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
     max_length: Annotated[int, DATA("Tokens of prompt and input together.", least=8)] = 512
@@ -69,19 +65,20 @@ class Options:
     skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
 
 
+def _rate() -> list[float]:
+    return [0.3]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """The grids of learning rates and tries, of which validation chooses per task."""
 
-    learning_rate: Annotated[
-        list[float], TUNING("Of soft prompts, in units of the embeddings; repeat it: validation chooses.")
-    ] = field(default_factory=lambda: [0.3])
-    vector_learning_rate: Annotated[list[float], TUNING("Of intrinsic vectors; repeat it: validation chooses.")] = field(
-        default_factory=lambda: [0.3]
+    learning_rate: Annotated[list[float], TUNING("Of prompts; repeat it: validation chooses.")] = field(default_factory=_rate)
+    """In units of the embeddings."""
+    vector_learning_rate: Annotated[list[float], TUNING("Of vectors; repeat it: validation chooses.")] = field(
+        default_factory=_rate
     )
-    tries: Annotated[
-        int, TUNING("At each rate, rows in another order, vectors also from elsewhere; validation chooses.", least=1, most=100)
-    ] = 1
+    tries: Annotated[int, TUNING("At each rate, with other orders and starts; validation chooses.", least=1, most=100)] = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no rate."""
@@ -96,7 +93,9 @@ class Context:
     def __init__(self, given: Mapping[str, Any], report: Reporter | None = None) -> None:
         """Read tasks and split; the backbone is loaded, and rows are drawn, when they are asked for.
 
-        Of settings by name; where none is given, those of the testbed hold, those behind the input, or the fields' defaults.
+        Args:
+            given: settings by name. For those that are missing, the testbed's hold, those behind the input, or the defaults.
+            report: told what happens.
 
         Raises:
             IptError: a file of tasks or the split is wrong.
@@ -176,7 +175,7 @@ class Context:
     @cached_property
     def store(self) -> Store:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
-        self.backbone.room(self.prompt_length)
+        self.backbone.room(self.placed_options.prompt_length)
         sweep(self.cache)
         o = self.options.backbone
         name = os.path.basename(os.path.abspath(o)) if Path(o).exists() else o  # noqa: PTH100, PTH119 (a link keeps its name)
@@ -205,12 +204,12 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        initial = self.backbone.initial_prompt(self.prompt_length, self.options.seed, self.initial_text)
-        return Space(initial, self.backbone.embedding_rms)
+        o = self.placed_options
+        return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, o.initial_text), self.backbone.embedding_rms)
 
     @cached_property
     def placed(self) -> dict[str, Any]:
-        """What was given by name, and for what was not, what holds where the prompt stands."""
+        """The settings that were given, and others that have their own default behind the input."""
         return (BEHIND if self.backbone.prompt_at == "end" else {}) | self.given
 
     @cached_property
@@ -219,14 +218,9 @@ class Context:
         return settled(TuneConfig, self.placed)
 
     @cached_property
-    def prompt_length(self) -> int:
-        """Tokens of a soft prompt."""
-        return settled(Options, self.placed).prompt_length
-
-    @cached_property
-    def initial_text(self) -> str:
-        """What all soft prompts start from; empty: random words."""
-        return settled(Options, self.placed).initial_text
+    def placed_options(self) -> Options:
+        """The options, of which some have another default where the prompt stands behind the input."""
+        return settled(Options, self.placed)
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -293,7 +287,7 @@ class Context:
         What is generated is at most twice as long as the longest reference of train and validation rows.
         """
         if (task, data_seed) not in self._encoded:
-            sample, length = self.sample(task, data_seed), self.prompt_length
+            sample, length = self.sample(task, data_seed), self.placed_options.prompt_length
             known = self.backbone.encode([*sample.train, *sample.validation], prompt_length=length)
             limit = 2 * known[0].answer_limit
             made = [self.backbone.encode(rows, prompt_length=length, answer_limit=limit) for rows in sample]
@@ -315,21 +309,16 @@ class Context:
 
     def row_tokens(self, rows: Sequence[Example]) -> float:
         """Return about how many tokens a row of these is, its prompt among them: English has some four letters a token."""
-        return self.prompt_length + fmean(len(e.input) for e in rows) / 4
+        return self.placed_options.prompt_length + fmean(len(e.input) for e in rows) / 4
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
-        of, o = self.backbone, self.options
-        shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "prompt_at": of.prompt_at}
-        shared |= {
-            "precision": str(of.model.dtype).removeprefix("torch."),
-            "chat": of.layout.chat,
-            "seed": o.seed,
-            "prompt_length": self.prompt_length,
-            "decoding": o.decoding,
-        }
-        more = ({"initial_text": self.initial_text} if self.initial_text else {}) | more  # files without it are older
-        return shared | {"max_length": of.max_length, "kind": kind} | more
+        of, o = self.backbone, self.placed_options
+        shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": str(of.model.dtype).removeprefix("torch.")}
+        shared |= {"prompt_at": of.prompt_at, "chat": of.layout.chat, "seed": o.seed, "prompt_length": o.prompt_length}
+        shared |= {"decoding": o.decoding, "max_length": of.max_length, "kind": kind}
+        # Where prompts start from random words, headers have no text, as those of older versions had none.
+        return shared | ({"initial_text": o.initial_text} if o.initial_text else {}) | more
 
     def prompts(self, choices: Iterable[Choice]) -> Tensor:
         """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""
@@ -366,15 +355,6 @@ class Context:
             return self.prompts([choice])[0]
         space = self.space(choice[0].inputs[0][0])
         return space.back_project(self._tensor(choice, "intrinsic_vector", (space.dim,))[None])[0]
-
-    def soft_prompt(self, score: Result) -> Tensor:
-        """Return the prompt that a score is of: (prompt_length, hidden)."""
-        if score.header["stage"] == "mean":
-            return self.prompts(score.inputs).mean(0)
-        if score.header["stage"] == "MSF":
-            space = self.space(score.inputs[1][0])
-            return space.back_project(space.project(self.prompts(score.inputs[:1])))[0]
-        return self.tuned(score.inputs[0]) if score.inputs else self.prompt_space.initial_prompt[:0]
 
 
 def _budgets(backbone: Backbone) -> list[list[float]]:

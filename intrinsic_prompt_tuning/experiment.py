@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any, Self
@@ -185,25 +185,30 @@ class Experiment(Context):
         """Return what the cache holds of a kind that was made with these options; say what is left out, and why."""
         results, unusable = self.store.found(kind)
         self.leave_out(unusable)
-        shared, others, fitting = self.header(kind), Counter[str](), list[Result]()
-        for result in results:
-            if differs := [name for name in (*shared, "initial_text") if result.header.get(name) != shared.get(name)]:
-                others[f"another {differs[0]}"] += 1
-            else:
-                fitting.append(result)
-        self._say_skipped(kind, others if aloud else {})
-        return fitting
+        shared = self.header(kind)
 
-    def _say_skipped(self, kind: str, reasons: Mapping[str, int]) -> None:
-        for reason, count in reasons.items():
-            if count:
-                self.report.say(f"not used: {count} {kind.replace('-', ' ')}s of {reason}")
+        def why_not(result: Result) -> str:
+            differing = [name for name in (*shared, "initial_text") if result.header.get(name) != shared.get(name)]
+            return f"another {differing[0]}" if differing else ""
 
-    def _is_current(self, result: Result) -> bool:
-        """Tell whether a tuned result is of the rows and the metric that its task has now."""
+        return self._used(results, why_not, aloud=aloud)
+
+    def _used(self, results: Iterable[Result], why_not: Callable[[Result], str], *, aloud: bool = True) -> list[Result]:
+        """Return the results that nothing speaks against; say of how many others what does."""
+        reasons = [(result, why_not(result)) for result in results]
+        if aloud:
+            self._say_skipped((result, why) for result, why in reasons if why)
+        return [result for result, why in reasons if not why]
+
+    def _say_skipped(self, skipped: Iterable[tuple[Result, str]]) -> None:
+        for (kind, why), count in Counter((result.kind, why) for result, why in skipped).items():
+            self.report.say(f"not used: {count} {kind.replace('-', ' ')}s of {why}")
+
+    def _why_outdated(self, result: Result) -> str:
+        """Return why a tuned result is not of the rows and the metric that its task has now; nothing if it is."""
         header = result.header
         same = header["data"] == sample_digest(self.sample(header["task"], header["data_seed"]))
-        return bool(same and header["metric"] == self.task(header["task"]).metric)
+        return "" if same and header["metric"] == self.task(header["task"]).metric else "other rows"
 
     def found_prompts(self, tasks: Iterable[str]) -> dict[str, Choice]:
         """Return, for each task that has one in the cache, its soft prompts, whatever settings they were tuned with.
@@ -216,9 +221,9 @@ class Experiment(Context):
             if result.header["data_seed"] == COLLECTION_SEED and "start" not in result.header:  # others are no baseline
                 found.setdefault(result.header["task"], []).append(result)
         had = self.with_rows([task for task in tasks if task in found], COLLECTION_SEED)
-        current = {task: tuple(result for result in found[task] if self._is_current(result)) for task in had}
-        self._say_skipped("soft-prompt", {"other rows": sum(len(found[task]) - len(current[task]) for task in had)})
-        return {task: choice for task, choice in current.items() if choice}
+        current = self._used([result for task in had for result in found[task]], self._why_outdated)
+        choices = {task: tuple(result for result in current if result.header["task"] == task) for task in had}
+        return {task: choice for task, choice in choices.items() if choice}
 
     def collected(self) -> dict[str, Choice]:
         """Return the soft prompts of the seen tasks.
@@ -239,24 +244,20 @@ class Experiment(Context):
     def found_subspaces(self) -> list[Result]:
         """Return the subspaces of this split's seen tasks whose soft prompts the cache still holds."""
         prompts = {result.name: result for result in self.store.found("soft-prompt")[0]}
-        found, others, seen = list[Result](), Counter[str](), set(self.named("seen"))
-        for result in self.found("subspace"):
-            collection: dict[str, list[str]] = result.header["prompts"]
-            if not collection.keys() <= seen:
-                others["another split's tasks"] += 1
-                continue
-            if result.header["space"] == "random" and "origin" not in result.header:
-                others["another origin, random ones of before November 2026"] += 1
-                continue
-            there = [tuple(prompts[name] for name in own if name in prompts) for own in collection.values()]
-            # Of a grid, what comes behind a rate that solves a task was never needed.
-            whole = zip(there, collection.values(), strict=True)
-            if all(len(had) == len(own) or any(map(self.store.is_solved, had)) for had, own in whole):
-                found.append(Result(result.header, tuple(there)))
-            else:
-                others["soft prompts that are gone"] += 1
-        self._say_skipped("subspace", others)
-        return found
+        seen = {task for task, role in self.roles.items() if role == "seen"}  # also those whose rows cannot be had now
+        found = [
+            Result(subspace.header, tuple(self.store.complete(own, prompts) for own in subspace.header["prompts"].values()))
+            for subspace in self.found("subspace")
+        ]
+
+        def why_not(subspace: Result) -> str:
+            if not subspace.header["prompts"].keys() <= seen:
+                return "another split's tasks"
+            if subspace.header["space"] == "random" and "origin" not in subspace.header:
+                return "another origin, random ones of before November 2026"
+            return "" if all(subspace.inputs) else "soft prompts that are gone"
+
+        return self._used(found, why_not)
 
     def choose_subspace(self, space: SpaceKind, dim: int, name: str) -> Result:
         """Return the subspace of the cache that is meant, or describe one that needs no learning.
@@ -275,8 +276,8 @@ class Experiment(Context):
         if not (chosen or name or space == "subspace"):
             return self.subspace(space, dim, self.collected())
         if not found:
-            none = f"the cache holds 0 subspaces of dim {dim} of these {len(self.collected())} tasks"
-            raise IptError(f"{none}: run 'ipt fit-subspace --dim {dim}'")
+            remedy = f"run 'ipt fit-subspace --dim {dim}'" if space == "subspace" else "leave --subspace out"
+            raise IptError(f"the cache holds 0 subspaces of dim {dim} of these {len(self.collected())} tasks: {remedy}")
         none = "" if chosen or name else f", none of them of all {len(self.named('seen'))} seen tasks"
         told = differences(found)
         known = "; ".join(f"{s.name[:8]} ({told.get(s.name) or f'{len(s.inputs)} tasks'})" for s in found)
@@ -285,25 +286,26 @@ class Experiment(Context):
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
         """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace."""
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
-        found: dict[tuple[Any, ...], list[Result]] = {}
-        others = Counter[str]()
         warm = [prompt for prompt in self.found("soft-prompt", aloud=False) if "start" in prompt.header]
-        results = [*self.found("intrinsic-vector"), *warm]
-        for result in (result for result in results if not tasks or result.header["task"] in tasks):
-            header, task, space = result.header, result.header["task"], known.get(result.header.get("subspace"))
+        found = [result for result in (*self.found("intrinsic-vector"), *warm) if not tasks or result.header["task"] in tasks]
+        rows, left_out = dict[tuple[str, int], bool](), {*self.left_out}
+
+        def why_not(result: Result) -> str:
+            task, seed, space = result.header["task"], result.header["data_seed"], known.get(result.header.get("subspace"))
             if task not in (tasks or self.roles) or space is None:
-                others["subspaces or tasks that are not shown"] += 1
-            elif not tasks and self.roles[task] == "seen" and space and task not in space[0].header["prompts"]:
-                others["seen tasks in spaces that were made without them"] += 1
-            elif task in self.left_out or not self.with_rows([task], header["data_seed"]):
-                others["rows that cannot be had"] += 1
-            elif not self._is_current(result):
-                others["other rows"] += 1
-            else:
-                key = tuple(header.get(name) for name in ("task", "data_seed", "start", "subspace", "collection"))
-                found.setdefault(key, []).append(Result(header, (space,) if space else ()))
-        self._say_skipped("intrinsic-vector", others)
-        return [tuple(results) for results in found.values()]
+                return "subspaces or tasks that are not shown"
+            if not tasks and self.roles[task] == "seen" and space and task not in space[0].header["prompts"]:
+                return "seen tasks in spaces that were made without them"
+            if (task, seed) not in rows:
+                rows[task, seed] = task not in left_out and bool(self.with_rows([task], seed))
+            return self._why_outdated(result) if rows[task, seed] else "rows that cannot be had"
+
+        choices: dict[tuple[Any, ...], list[Result]] = {}
+        for result in self._used(found, why_not):
+            key = tuple(result.header.get(name) for name in ("task", "data_seed", "start", "subspace", "collection"))
+            space = known[result.header.get("subspace")]
+            choices.setdefault(key, []).append(Result(result.header, (space,) if space else ()))
+        return [tuple(results) for results in choices.values()]
 
     def wanted_scores(self, task: str = "") -> list[Result]:
         """Describe the scores of all that the cache holds of the split's tasks, or of one of them.
@@ -320,8 +322,8 @@ class Experiment(Context):
             raise IptError("; ".join([told, *self.left_out.values()]))
         subspaces = self.found_subspaces()
         vectors = self.found_vectors(subspaces)
-        alone = sum(len(choice) for choice in vectors if choice[0].header["task"] not in prompts)
-        self._say_skipped("intrinsic-vector", {"tasks without a soft prompt to compare with": alone})
+        alone = [result for choice in vectors for result in choice if result.header["task"] not in prompts]
+        self._say_skipped((result, "tasks without a soft prompt to compare with") for result in alone)
         return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
 
 

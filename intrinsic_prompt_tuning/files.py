@@ -90,8 +90,8 @@ def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any],
     write_bytes(path, save(plain, {"ipt": json.dumps(content, sort_keys=True)}))
 
 
-def read_file(path: Path, *, whole: bool = True) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Return header, record and tensors of a file, its checksum found right; not `whole`: no tensors, and nothing compared.
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Return header, record and tensors of a file.
 
     Raises:
         IptError: it is not a safetensors file of ipt, is of another version, or not a bit of it is as it was written.
@@ -107,9 +107,8 @@ def read_file(path: Path, *, whole: bool = True) -> tuple[dict[str, Any], dict[s
             if version != FILE_VERSION:
                 what = f"{path} has file version {version}, expected {FILE_VERSION}"
                 raise IptError(f"{what}: remove it, and the command makes it anew, or use the ipt that made it")
-            checksum, names = content["checksum"], file.keys() if whole else ()
-            tensors = {name: file.get_tensor(name) for name in names}
-            if whole and checksum != _checksum(header, record, tensors):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            if content["checksum"] != _checksum(header, record, tensors):
                 raise ValueError("its checksum is another")
             return header, record, tensors
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:

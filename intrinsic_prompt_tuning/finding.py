@@ -31,10 +31,8 @@ class SubspaceConfig:
     """The error is the share of variance unexplained, the loss a mean per token."""
     lm_loss: Annotated[bool, TUNING("Learn from the tasks' loss.")] = True
     reconstruction_loss: Annotated[bool, TUNING("Learn to reconstruct the prompts.")] = True
-    noise: Annotated[
-        float, TUNING("Standard deviation of noise on intrinsic vectors while learning; their own grows to about two.", least=0)
-    ] = 0.2
-    """Makes the subspace smooth between the tasks."""
+    noise: Annotated[float, TUNING("Standard deviation of noise on intrinsic vectors while learning.", least=0)] = 0.2
+    """Makes the subspace smooth between the tasks. The vectors' own standard deviation grows to about two."""
     subspace_seed: Annotated[int, TUNING("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1)] = 0
     inner: int = 768
     """Width of the layer behind the intrinsic vector (the paper's d')."""

@@ -139,15 +139,27 @@ def make_scores(x: Context, results: Iterator[Result], after_step: AfterStep) ->
 def _unanswered(x: Context, scores: Iterator[Result], said: dict[Result, list[str]]) -> Iterator[Question]:
     """Yield the test rows of scores that have no answer yet, each with its prompt; begin `said` with the answers there are."""
     for score in scores:
-        task, stage = score.header["task"], score.header["stage"]
-        if stage == "one answer for all":
+        task = score.header["task"]
+        if score.header["stage"] == "one answer for all":
             said[score] = _one_answer(x.sample(task, COLLECTION_SEED), score.header["metric"])
             continue
         state = x.store.unfinished(score)
         said[score] = json.loads(bytes(state["said"].tolist())) if state else []
-        near = stage == "nearest"
-        prompt = nearest_prompts(x, score.inputs, task, COLLECTION_SEED)[0] if near else x.soft_prompt(score)
+        prompt = prompt_of(x, score)
         yield from ((score, prompt, row) for row in x.encoded(task, COLLECTION_SEED)[2][len(said[score]) :])
+
+
+def prompt_of(x: Context, score: Result) -> Tensor:
+    """Return the prompt that a score is of: (prompt_length, hidden)."""
+    stage = score.header["stage"]
+    if stage == "nearest":
+        return nearest_prompts(x, score.inputs, score.header["task"], COLLECTION_SEED)[0]
+    if stage == "mean":
+        return x.prompts(score.inputs).mean(0)
+    if stage == "MSF":
+        space = x.space(score.inputs[1][0])
+        return space.back_project(space.project(x.prompts(score.inputs[:1])))[0]
+    return x.tuned(score.inputs[0]) if score.inputs else x.prompt_space.initial_prompt[:0]
 
 
 def _answer_some(x: Context, rows: Iterator[Question], said: dict[Result, list[str]]) -> bool:

@@ -1,4 +1,4 @@
-"""Under torchrun, or with --processes, every process is a rank with a device of its own, and all share one cache.
+"""Under torchrun, or with --processes, every process is a rank, and all share one cache.
 
 Ranks never talk to each other: which results are whose follows from names, and what is done is seen in the cache.
 """
@@ -52,7 +52,7 @@ def run_in_processes(command: Sequence[str], count: int) -> tuple[int, str]:
         0, or the exit code of the first that failed, and what that one said if nobody has heard it yet.
 
     Raises:
-        IptError: there are more processes than cores; each would hold the backbone, and wait for the others.
+        IptError: there are more than two processes, and more than cores; each would hold the backbone, and wait for the others.
     """
     if count > max(2, cores := n_cores()):
         raise IptError(f"--processes is {count}, and there are {cores} cores to use: use at most as many")

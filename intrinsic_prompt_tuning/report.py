@@ -1,6 +1,5 @@
 """The paper's table of what the cache holds: scores on test rows, compared with prompt tuning."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -30,7 +29,7 @@ def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) ->
     return {"task": task, "metric": metric, "prompts": told, "rows": rows}
 
 
-def make_report(x: Experiment, scores: Iterable[Result]) -> dict[str, Any]:
+def make_report(x: Experiment, scores: Sequence[Result]) -> dict[str, Any]:
     """Return the paper's table, and what stands beside it, of scores that have been made.
 
     Returns:
@@ -113,17 +112,12 @@ def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"{title}\n\n{table_text(heads, cells)}"
 
 
-def needed_text(needed: Mapping[str, Mapping[str, float | None]], rows: Iterable[Mapping[str, Any]]) -> str:
+def needed_text(needed: Mapping[str, Mapping[str, float | None]], rows: Sequence[Mapping[str, Any]]) -> str:
     """Write the dimensions needed by the rows of a report, or nothing where no vector was tuned."""
-    dims = defaultdict[tuple[str, str], list[int]](list)
-    for row in rows:
-        if row["start"] == "random":
-            dims[row["space"], row["quantity"]].append(row["dim"])
     cells = []
-    for space, own in needed.items():
-        for of, dim in own.items():
-            at_most = "at most " if dim and dim == min(dims[space, of], default=None) else ""
-            cells.append([space, of, f"{at_most}{dim:.1f}" if dim else "more"])
+    for space, of, dim in ((space, of, dim) for space, own in needed.items() for of, dim in own.items()):
+        run = [row["dim"] for row in rows if (row["space"], row["quantity"], row["start"]) == (space, of, "random")]
+        cells.append([space, of, f"{'at most ' * (dim == min(run, default=None))}{dim:.1f}" if dim else "more"])
     return table_text("space|quantity|dimensions needed for 90 % of gain", cells) if cells else ""
 
 

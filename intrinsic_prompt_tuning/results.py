@@ -216,13 +216,20 @@ class Store:
                 break  # so that what is best depends on the names alone, whether or not the rest was made
         return max(read, key=by_validation)
 
+    def complete(self, wanted: Sequence[str], made: Mapping[str, Result]) -> Choice:
+        """Return the results of these names, of all that are made; none if one is gone that could be the best of them.
+
+        Of a grid, what comes behind a rate that solves a task was never needed.
+        """
+        there = tuple(made[name] for name in wanted if name in made)
+        return there if len(there) == len(wanted) or any(map(self.is_solved, there)) else ()
+
     def found(self, kind: str) -> tuple[list[Result], dict[str, str]]:
         """Return what the cache holds of a kind, ordered by file name, and of each file that cannot be used why."""
         results, unusable = list[Result](), dict[str, str]()
         for path in sorted((self.folder / f"{kind}s").glob("*.safetensors")):
             try:
-                # Of a subspace, which may be large, the tensors are checked when they are used.
-                result = Result(read_file(path, whole=kind != "subspace")[0])
+                result = Result(read_file(path)[0])
                 if result.header.get("backbone") != self.fingerprint:
                     made_for = str(result.header.get("backbone"))[:8]
                     raise damaged(path, f"was made with another backbone ({made_for}, expected {self.fingerprint[:8]})")
@@ -308,10 +315,12 @@ def plan(stage: Sequence[Result], missing: Sequence[Result], pace: Pace | None) 
 def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Reporter) -> None:
     """Make this process's share first; then whatever is missing and nobody alive is making, until nothing is missing."""
     # A share depends on names, not on what is missing: ranks need not agree, and share alike after an interruption.
-    stage = sorted(stage, key=lambda result: len(result.instead_of))  # so that each has as many that need not wait for others
-    share, waits = stage[rank() :: n_ranks()], False
-    while missing := store.missing(stage):
-        todo = _next(store, share)
+    ordered = sorted(stage, key=lambda result: len(result.instead_of))  # so that each has as many that need not wait for others
+    share, waits = {result.name for result in ordered[rank() :: n_ranks()]}, False
+    while missing := store.missing(ordered):
+        absent = {result.name for result in missing}
+        ready = [result for result in missing if not any(other.name in absent for other in result.instead_of)]
+        todo = [result for result in ready if result.name in share] or ready
         own = _claimed(store, todo)
         try:
             if first := next(own, None):
@@ -321,12 +330,12 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
                         report.log("made", file=str(store.path(made.result)), **made.record)
         finally:
             store.claims.give_back()
-        if not first and share == stage:
+        if not first and todo == ready:
             if not waits and n_ranks() == 1:
                 report.say(f"waiting for another process, which makes {len(missing)} {label(stage)}")
             waits = True
             time.sleep(0.2)
-        share = share if first and _next(store, share) else list(stage)
+        share = share if first else set()
 
 
 def _claimed(store: Store, results: Iterable[Result]) -> Iterator[Result]:
@@ -334,13 +343,6 @@ def _claimed(store: Store, results: Iterable[Result]) -> Iterator[Result]:
     for result in results:  # another process may just have made it, and have given its claim back
         if not store.is_there(result) and store.claims.take(result.name) and not store.is_there(result):
             yield result
-
-
-def _next(store: Store, results: Sequence[Result]) -> list[Result]:
-    """Return the missing results that none of the missing ones could make needless."""
-    missing = store.missing(results)
-    absent = {result.name for result in missing}
-    return [result for result in missing if not any(other.name in absent for other in result.instead_of)]
 
 
 @contextlib.contextmanager

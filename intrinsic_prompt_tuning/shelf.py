@@ -100,7 +100,7 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
         rows = read_rows(path)
         answers = dict(Counter(row.answers[0] for row in rows).most_common(20))
         first = [{"input": row.input, "answers": list(row.answers)} for row in rows[:5]]
-        return {"file": given, **match.groupdict(), "rows": len(rows), "answers": answers, "first": first}
+        return {"file": str(path), **match.groupdict(), "rows": len(rows), "answers": answers, "first": first}
     header, record, tensors = read_file(path)
     about: dict[str, Any] = {"file": str(path), "name": digest(header), "header": header, "record": record}
     about["tensors"] = {name: " x ".join(map(str, tensor.shape)) for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """theta (tasks, dim) -> soft prompts (tasks, prompt_length, hidden).
 
-Soft prompts are taken as differences to the shared initial prompt, in units of the embeddings (prompt) or of the collected
-prompts (the others), so that one learning rate suits every backbone.
+Soft prompts are taken as differences to the shared initial prompt, in units of the embeddings (prompt, low-rank) or of the
+collected prompts (the others), so that one learning rate suits every backbone.
 """
 
 import math

@@ -114,7 +114,8 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
             task, example = parse_input(tasks, default, text)
             example = replace(example, options=example.options or tuple(known[task]["options"]))
             limit = known[task]["answer_limit"]
-            return names.index(task), x.backbone.encode([example], prompt_length=x.prompt_length, answer_limit=limit)[0]
+            (row,) = x.backbone.encode([example], prompt_length=stacked.shape[1], answer_limit=limit)
+            return names.index(task), row
         except IptError as error:
             return Prediction(default, text, error=f"line {number}: {error}")
 

@@ -768,7 +768,10 @@ def test_a_backbone_in_the_folder_of_the_command_has_a_name(
 
 def test_a_start_of_vectors_is_none_of_prompts(cli: Cli) -> None:
     told = cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt", "--start", "nearest")
-    assert_one_error(told, "--start nearest is for vectors: 'ipt collect --start' is for prompts")
+    assert_one_error(told, "--start, --dim and --subspace are for vectors: 'ipt collect --start' is for prompts")
+    for more in (("--dim", 6), ("--subspace", "abc")):
+        told = cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt", *more)
+        assert_one_error(told, "--start, --dim and --subspace are for vectors")
     told = cli("collect", *SHORT, "--task", "mood-good", "--start", "nearest", "--dim", 4)
     assert_one_error(told, "--dim is of the vectors that prompts start from: it needs --start subspace")
 
@@ -826,6 +829,7 @@ def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, 
     [
         ("stepz: 4", "there is no option --stepz; did you mean '--steps'"),
         ("collect: {alpha: 4}", "there is no option --alpha"),
+        ("config: other.yaml", "there is no option --config"),
         ("alpha: 3\ncollect: {alpha: 4}", "there is no option --alpha"),
         ("- steps", "expected a mapping, got a list"),
         ("steps: [", "is not readable as YAML"),

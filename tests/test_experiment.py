@@ -802,6 +802,8 @@ def test_a_space_that_needs_no_learning_is_described_where_the_cache_has_none(x:
         x.choose_subspace("subspace", 3, "abcd")
     with pytest.raises(IptError, match="0 subspaces of dim 3 of these 5 tasks: run 'ipt fit-subspace --dim 3'"):
         x.choose_subspace("subspace", 3, "")
+    with pytest.raises(IptError, match="0 subspaces of dim 3 of these 5 tasks: leave --subspace out"):
+        x.choose_subspace("linear", 3, "abcd")
 
 
 def test_what_tells_subspaces_apart_is_settings_or_the_prompts_that_they_are_of(x: Experiment, build: Build) -> None:
@@ -848,6 +850,32 @@ def test_vectors_in_subspaces_that_are_not_shown_and_of_other_rows_are_not_used(
     assert told(other) == ["not used: 2 intrinsic vectors of subspaces or tasks that are not shown"]
 
 
+def test_a_prompt_of_other_rows_that_started_nearby_is_told_as_a_prompt(x: Experiment, build: Build) -> None:
+    collection = [*save_prompts(x).values()]
+    for choice in build(shots=5).soft_prompts(["mood-good"], near=collection).values():
+        save(x, choice, {"soft_prompt": torch.zeros(3, 16)})
+    other = build()
+    assert other.found_vectors([]) == []
+    assert told(other) == ["not used: 1 soft prompts of other rows"]
+
+
+def test_a_subspace_of_which_a_bit_is_another_costs_only_itself(x: Experiment, build: Build) -> None:
+    prompts = save_prompts(x)
+    good, bad = save_subspace(x, prompts), save_subspace(x, prompts, dim=5)
+    path = x.store.path(bad)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    other = build(skip_missing=True)
+    assert [subspace.name for subspace in other.found_subspaces()] == [good.name]
+    assert "its checksum is another" in other.left_out[str(path)]
+
+
+def test_a_subspace_stays_where_the_rows_of_one_of_its_tasks_cannot_be_had_now(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    other = build(skip_missing=True)
+    other.leave_out({"mood-good": "its rows are gone"})
+    assert [found.name for found in other.found_subspaces()] == [subspace.name]
+
+
 def test_a_prompt_from_elsewhere_whose_header_lacks_fields_is_left_out(x: Experiment, build: Build) -> None:
     save_prompts(x)
     x.store.save(Made(Result(x.header("soft-prompt", start="subspace")), {}, {"soft_prompt": torch.zeros(3, 16)}))
@@ -859,6 +887,9 @@ def test_a_prompt_from_elsewhere_whose_header_lacks_fields_is_left_out(x: Experi
 
 def test_vectors_whose_rows_are_gone_are_left_out_if_that_is_asked_for(x: Experiment, build: Build) -> None:
     subspace = save_subspace(x, save_prompts(x))
+    for start in ("random", "seen", "nearest"):  # files of other names, some before and some behind that of the other seed
+        for choice in x.intrinsic_vectors(["mood-good"], 100, subspace, start).values():
+            save(x, choice, {"intrinsic_vector": torch.zeros(6)})
     for choice in x.intrinsic_vectors(["mood-good"], 21, subspace).values():
         save(x, choice, {"intrinsic_vector": torch.zeros(6)})
 
@@ -872,7 +903,9 @@ def test_vectors_whose_rows_are_gone_are_left_out_if_that_is_asked_for(x: Experi
         shutil.rmtree(x.cache / "samples", ignore_errors=True)
         other.tasks = other.tasks | {"mood-good": dataclasses.replace(x.tasks["mood-good"], draw=gone)}
         if skip_missing:
-            assert other.wanted_scores() and "the rows of seed 21 are gone" in other.left_out["mood-good"]
+            starts = [score.header["start"] for score in other.wanted_scores() if score.header["stage"] == "IST"]
+            assert sorted(starts) == ["nearest", "random", "seen"]
+            assert "the rows of seed 21 are gone" in other.left_out["mood-good"]
         else:
             with pytest.raises(
                 IptError, match=r"cannot be had, leave them out with --skip-missing: the rows of seed 21 are gone"

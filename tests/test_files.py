@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     header, record, tensors = files.read_file(path)
     assert (header, record, list(tensors)) == (HEADER, RECORD, ["soft_prompt"])
     assert torch.equal(tensors["soft_prompt"], PROMPT)
-    assert files.read_file(path, whole=False) == (HEADER, RECORD, {})
     assert [found.name for found in path.parent.iterdir()] == ["one.safetensors"]
 
 
@@ -83,13 +81,12 @@ def test_a_file_s_tensors_can_be_read_without_ipt(tmp_path: Path) -> None:
 def test_a_foreign_file_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign.safetensors"
     path.write_bytes(content)
-    for read in (partial(files.read_file, whole=False), files.read_file):
-        with pytest.raises(
-            IptError, match=r"is not a file of ipt, or is damaged .*: remove it, and the command makes it anew"
-        ) as caught:
-            read(path)
-        assert str(caught.value).startswith(str(path))
-        assert len(str(caught.value)) < len(str(path)) + 400
+    with pytest.raises(
+        IptError, match=r"is not a file of ipt, or is damaged .*: remove it, and the command makes it anew"
+    ) as caught:
+        files.read_file(path)
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < len(str(path)) + 400
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
@@ -97,9 +94,8 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (4, 40, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        for read in (partial(files.read_file, whole=False), files.read_file):
-            with pytest.raises(IptError, match="damaged"):
-                read(path)
+        with pytest.raises(IptError, match="damaged"):
+            files.read_file(path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -131,16 +127,14 @@ def test_a_checksum_covers_header_record_and_tensors(tmp_path: Path, part: str) 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = write_one(tmp_path / "one", version=files.FILE_VERSION + 1)
-    for read in (partial(files.read_file, whole=False), files.read_file):
-        with pytest.raises(IptError, match="one has file version 3, expected 2: remove it, .* or use the ipt that made it"):
-            read(path)
+    with pytest.raises(IptError, match="one has file version 3, expected 2: remove it, .* or use the ipt that made it"):
+        files.read_file(path)
 
 
 def test_a_file_of_version_1_is_refused_by_name(tmp_path: Path) -> None:
     path = version_1(tmp_path / "old.safetensors")
-    for read in (partial(files.read_file, whole=False), files.read_file):
-        with pytest.raises(IptError, match=r"old\.safetensors has file version 1, expected 2"):
-            read(path)
+    with pytest.raises(IptError, match=r"old\.safetensors has file version 1, expected 2"):
+        files.read_file(path)
 
 
 def test_a_write_that_fails_leaves_nothing_behind_and_keeps_what_was_there(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_few_shot_files_tell_their_task_seed_and_answers(made: tuple[Path, Cli],
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     about = shown(made[1], path)
     assert (about["task"], about["k"], about["seed"], about["part"]) == ("mood-good", "4", "100", "train")
+    assert about["file"] == str(path)
     assert about["rows"] == len(rows) and about["answers"] == Counter(row["output"] for row in rows)
     assert [row["input"] for row in about["first"]] == [row["input"] for row in rows[:5]]
     tsv = tmp_path / "anli_16_13_dev.tsv"
