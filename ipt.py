@@ -112,7 +112,7 @@ class Terminal(Reporter):
 
 
 def option(kind: type, name: str, flag: str = "") -> Any:
-    """Return the annotation of an option for a dataclass field, None without a Setting; not giving it leaves the default."""
+    """Return the annotation of an option for a dataclass field; None if the field has no Setting. Its own default is None."""
     if (found := described(kind, name)) is None:
         return None
     value, own, setting = found

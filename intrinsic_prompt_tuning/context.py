@@ -75,9 +75,7 @@ class Rates:
 
     learning_rate: Annotated[list[float], TUNING("Of prompts; repeat it: validation chooses.")] = field(default_factory=_rate)
     """In units of the embeddings."""
-    vector_learning_rate: Annotated[list[float], TUNING("Of vectors; repeat it: validation chooses.")] = field(
-        default_factory=_rate
-    )
+    vector_learning_rate: Annotated[list[float], TUNING("Of vectors, likewise.")] = field(default_factory=_rate)
     tries: Annotated[int, TUNING("At each rate, with other orders and starts; validation chooses.", least=1, most=100)] = 1
 
     def __post_init__(self) -> None:

@@ -91,7 +91,7 @@ class Experiment(Context):
         return len(initial) * low_rank(initial, dim) + 2 * initial.shape[1] if space == "low-rank" else dim
 
     def scores(self, prompts: Mapping[str, Choice], subspaces: Iterable[Result], vectors: Iterable[Choice]) -> list[Result]:
-        """Describe the test scores of prompts, of their reconstructions, of intrinsic vectors, and of what costs nothing."""
+        """Describe the test scores of prompts, of their reconstructions, of intrinsic vectors, and of what needs no tuning."""
         wanted = [self._score(stage, task) for stage in ("no prompt", "one answer for all") for task in prompts]
         wanted += [self._score("prompt tuning", task, choice) for task, choice in prompts.items()]
         by_name = {subspace.name: subspace for subspace in subspaces}

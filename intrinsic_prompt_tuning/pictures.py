@@ -99,7 +99,7 @@ def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[st
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (list(SPACES).index(row["space"]), "(IST)" not in row["quantity"], row["dim"])):
         shown, msf = {**row, "seen_tasks": seen[row["subspace"]]}, "(MSF)" in row["quantity"]
-        if shown["seen_tasks"] != most if across == "dim" else msf or "T_train" in row["quantity"]:
+        if (shown["seen_tasks"] != most) if across == "dim" else (msf or "T_train" in row["quantity"]):
             continue
         label = SPACES[row["space"]][0] + ", there and back (MSF)" * msf + STARTS.get(row["start"], "")
         label += f", dim {row['dim']}" if row["dim"] and across != "dim" else ""

@@ -12,7 +12,7 @@ from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import Result
 
 BASELINES = {"prompt tuning": "mean_score", "no prompt": "no_prompt", "one answer for all": "one_answer"}
-"""Stages of scores that need no subspace -> keys of the report."""
+"""Stages of scores that others are compared with -> keys of the report."""
 
 
 def wrong_answers(x: Experiment, scores: Sequence[Result], width: int | None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Cost:
     answered: float = 0
     """Rows that go forward only."""
     tokens: float = 0
-    """Of these rows, about."""
+    """About how many tokens these rows are."""
     size: float = 0
     """Bytes of files."""
     steps: float = 0

@@ -57,8 +57,8 @@ class Sharing:
 
 def described(kind: type, name: str) -> tuple[Any, str, Setting] | None:
     """Return a field's type, the option's flag, and its setting with all that holds by default; None: it has none."""
-    value, setting, *_ = *get_args(get_type_hints(kind, include_extras=True)[name]), None, None
-    if not isinstance(setting, Setting):
+    value, *notes = get_args(get_type_hints(kind, include_extras=True)[name]) or (None,)
+    if not notes or not isinstance(setting := notes[0], Setting):
         return None
     default, flag = getattr(kind(), name), f"--{name.replace('_', '-')}"
     flag = f"{flag}/--no-{flag[2:]}" if (value is bool and default) or value == (bool | None) else flag

@@ -30,7 +30,7 @@ PLACE = re.compile(
 
 
 def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:
-    """Return kind and bytes of the cache's files, paths below it, that a query means: a kind, or a pattern of such paths.
+    """Return path below the cache -> kind and bytes, of the files that a query means: a kind, or a pattern of such paths.
 
     Raises:
         IptError: the query leads out of the cache, or means no file. Links are not followed.
