@@ -235,9 +235,6 @@ def tuned_in_spaces(splits: Sequence[Fold]) -> dict[int, float]:
     """Tune vectors of the unseen tasks in every space of every split; return the learning rate of each space by number."""
     first, rates = splits[0], dict[int, float]()
     x = with_rates(first.x, *FOLD_RATES)
-    for split in splits:  # learned spaces are found side by side, by one process, while others tune where nothing is learned
-        if begins(split.x.cache, f"{split.x.options.split} spaces"):
-            split.x.make(space for space in split.spaces if space.header["space"] == "subspace")
     numbers = sorted(range(len(first.spaces)), key=lambda number: first.spaces[number].header["space"] == "subspace")
     # Every process begins with spaces of its own, and claims the next when one is done; then it helps the others.
     own = (number for number in numbers if begins(first.x.cache, f"space {number}"))
@@ -300,7 +297,7 @@ def one_seed(
     tuned_on = {"seen": (x.named("seen"), other_seed), "unseen": (x.named("unseen"), COLLECTION_SEED)}
     groups = (spaces[:MOST_TELLING], spaces[MOST_TELLING:])
     stages = [
-        (space, group, {task: prompts[task] for task in tasks}, [*x.intrinsic_vectors(tasks, data_seed, space).values()])
+        (space, {task: prompts[task] for task in tasks}, [*x.intrinsic_vectors(tasks, data_seed, space).values()])
         for group in groups
         for tasks, data_seed in map(tuned_on.__getitem__, challenges)
         for space in group
@@ -309,11 +306,9 @@ def one_seed(
     scores = x.scores(told, spaces, [choice for *_, vectors in stages for choice in vectors])
     if x.store.missing(scores):
         x.make(every(prompts.values()))
-        for space, group, own, vectors in stages:
+        for space, own, vectors in stages:
             if begins(x.cache, space.name + next(iter(own))):
-                # Learned spaces are found side by side, so one process finds all of a group.
-                learned = [other for other in group if other.header["space"] == space.header["space"] == "subspace"]
-                x.make([*(learned or [space]), *every(vectors), *x.scores(own, [space], vectors)])
+                x.make([space, *every(vectors), *x.scores(own, [space], vectors)])
         x.make([*spaces, *every(choice for *_, vectors in stages for choice in vectors), *scores])
     report = make_report(x, scores)
     ipt.print_report(report, as_json=False, per_task=True, wide=True)
