@@ -40,8 +40,8 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.page import make_page
 from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, lacking
 from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes
-from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, table_text, wrong_answers
-from intrinsic_prompt_tuning.reporter import Reporter
+from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, wrong_answers
+from intrinsic_prompt_tuning.reporter import Reporter, table_text
 from intrinsic_prompt_tuning.settings import TESTBED, Manners, Sharing, described, versions
 from intrinsic_prompt_tuning.shelf import about_file, cache_files, files_text, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind

@@ -14,7 +14,8 @@ import yaml
 
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.experiment import Experiment
-from intrinsic_prompt_tuning.report import cell_text, report_text
+from intrinsic_prompt_tuning.report import report_text
+from intrinsic_prompt_tuning.reporter import cell_text
 from intrinsic_prompt_tuning.settings import versions
 from intrinsic_prompt_tuning.tasks.checks import read_mapping
 

@@ -9,6 +9,7 @@ from intrinsic_prompt_tuning.evaluation import dimensions_needed, paper_name, re
 from intrinsic_prompt_tuning.experiment import Experiment, differences
 from intrinsic_prompt_tuning.makers import answers_of
 from intrinsic_prompt_tuning.metrics import METRICS
+from intrinsic_prompt_tuning.reporter import table_text
 from intrinsic_prompt_tuning.results import Result
 
 BASELINES = {"prompt tuning": "mean_score", "no prompt": "no_prompt", "one answer for all": "one_answer"}
@@ -141,19 +142,6 @@ def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
         cells.append([*(told[name] for name in shown), gain, means])
     names = [*(heads.get(name, name.replace("_", " ")) for name in shown), "gain", "mean / prompt tuning"]
     return table_text("|".join(names), cells) if rows else ""
-
-
-def cell_text(value: Any) -> str:
-    """Write what stands in a table."""
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def table_text(heads: str, rows: Sequence[Sequence[Any]]) -> str:
-    """Write rows under heads, columns as wide as they need to be, and an empty line."""
-    shown = [heads.split("|"), *([cell_text(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    return "\n".join(lines) + "\n\n"
 
 
 def sample_text(x: Experiment, name: str, data_seed: int) -> str:

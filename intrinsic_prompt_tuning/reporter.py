@@ -1,9 +1,9 @@
-"""Whom the stages tell what they do, and how durations and sizes are written for people."""
+"""Whom the stages tell what they do, and how durations, sizes and tables are written for people."""
 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ def size(n_bytes: float) -> str:
     while n_bytes >= 999.5 and len(units) > 1:
         n_bytes, units = n_bytes / 1000, units[1:]
     return f"{n_bytes:.3g} {units[0]}"
+
+
+def cell_text(value: Any) -> str:
+    """Write what stands in a table."""
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def table_text(heads: str, rows: Sequence[Sequence[Any]]) -> str:
+    """Write rows under heads, columns as wide as they need to be, and an empty line."""
+    shown = [heads.split("|"), *([cell_text(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join(lines) + "\n\n"
 
 
 class Reporter:

@@ -16,8 +16,7 @@ from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError, damaged
 from intrinsic_prompt_tuning.files import digest, read_file
 from intrinsic_prompt_tuning.lazy import torch
-from intrinsic_prompt_tuning.report import table_text
-from intrinsic_prompt_tuning.reporter import size
+from intrinsic_prompt_tuning.reporter import size, table_text
 from intrinsic_prompt_tuning.results import UNFINISHED, Claims
 from intrinsic_prompt_tuning.spaces import Space
 from intrinsic_prompt_tuning.tasks.folders import FEW_SHOT_FILE, read_rows

@@ -53,7 +53,8 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.files import write_bytes
 from intrinsic_prompt_tuning.metrics import METRICS
-from intrinsic_prompt_tuning.report import make_report, spread_text, table_text
+from intrinsic_prompt_tuning.report import make_report, spread_text
+from intrinsic_prompt_tuning.reporter import table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, find_few_shot_tasks, load_tasks

@@ -15,7 +15,8 @@ import ipt
 from intrinsic_prompt_tuning import Experiment
 from intrinsic_prompt_tuning.evaluation import dimensions_needed, relative_performance, result_rows
 from intrinsic_prompt_tuning.files import write_bytes
-from intrinsic_prompt_tuning.report import make_report, needed_text, rows_text, table_text
+from intrinsic_prompt_tuning.report import make_report, needed_text, rows_text
+from intrinsic_prompt_tuning.reporter import table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 

@@ -39,7 +39,8 @@ from intrinsic_prompt_tuning.context import COLLECTION_SEED
 from intrinsic_prompt_tuning.evaluation import spread
 from intrinsic_prompt_tuning.makers import nearest_prompts
 from intrinsic_prompt_tuning.ranks import n_ranks, run_in_processes
-from intrinsic_prompt_tuning.report import spread_text, table_text
+from intrinsic_prompt_tuning.report import spread_text
+from intrinsic_prompt_tuning.reporter import table_text
 from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tuning import minibatch, outcome
