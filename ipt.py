@@ -320,7 +320,8 @@ def run(
     Example: ipt run --quick
     """
     if quick:
-        x.roles = {task: x.roles[task] for task in x.named("seen")[::8] + x.named("unseen")[::5]}
+        some = {*x.named("seen")[::8], *x.named("unseen")[::5], *x.own}
+        x.roles = {task: role for task, role in x.roles.items() if task in some}
     reports = []
     data_seeds = [data_seed, *(seed for seed in CROSSFIT_SEEDS if seed not in (COLLECTION_SEED, data_seed))]
     for n in range(seeds):

@@ -437,6 +437,8 @@ def test_tables_are_listed_shown_and_all_seen_in_the_split_own(cli: Cli, moods: 
         write(folder / f"{name}.csv", moods.read_text(encoding="utf-8"))
     listed = cli("tasks", "--data", folder, "--split", "own").out.splitlines()
     assert [line.split()[0::3][:2] for line in listed[1:]] == [["a", "seen"], ["b", "seen"], ["c", "seen"]]
+    done = cli("run", "--quick", "--data", folder, *FEW, "--dim", 2, "--subspace-steps", 1, "--json")
+    assert done.code == 0 and json.loads(done.out)["prompt_tuning"]["unseen"]["n_tasks"] == 3, "all of one's own, also quickly"
     split = write(tmp_path / "mine.yaml", "{seen: [a, count-next], unseen: [b]}\n")
     listed = cli("tasks", "--data", folder, "--split", split).out.splitlines()
     assert [line.split()[0::3][:2] for line in listed[1:]] == [["a", "seen"], ["b", "unseen"]]
