@@ -126,11 +126,11 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     if file is None or context.parent is None:
         return file
     commands = context.parent.command.commands  # type: ignore[attr-defined]
-    flags = {command: {flag: p for p in of.params for flag in p.opts} for command, of in commands.items()}
+    flags = {command: {flag: p for p in of.params for flag in p.opts if flag != "--config"} for command, of in commands.items()}
     content, here = read_mapping(file), str(context.info_name)
     check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
     given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
-    every = {flag for options in flags.values() for flag in options} - {"--config"}
+    every = {flag for options in flags.values() for flag in options}
     if content and not given and here not in content:
         raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
     for name, value in given.items():

@@ -4,17 +4,18 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any, Self
 
-from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context, Start, sample_digest
+from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context, Options, Start, sample_digest
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.evaluation import GROUP
 from intrinsic_prompt_tuning.files import digest
-from intrinsic_prompt_tuning.finding import check_dim
+from intrinsic_prompt_tuning.finding import SubspaceConfig, check_dim
 from intrinsic_prompt_tuning.makers import job_of, makers
 from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_name, make, names
+from intrinsic_prompt_tuning.settings import settled
 from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tuning import pace_of
@@ -158,9 +159,10 @@ class Experiment(Context):
     def with_seeds(self, n: int) -> Self:
         """Return the experiment with the n-th next seeds: other orders of rows, starts of vectors, subspaces and random words."""
         other = copy.copy(self)  # with the backbone, the rows and the split as they are
-        other.options = replace(self.options, seed=self.options.seed + n)
-        other.fitting = replace(self.fitting, subspace_seed=self.fitting.subspace_seed + n)
-        vars(other).pop("prompt_space", None)
+        other.given = self.given | {"seed": self.options.seed + n, "subspace_seed": self.fitting.subspace_seed + n}
+        other.options, other.fitting = settled(Options, other.given), settled(SubspaceConfig, other.given)
+        for follows in ("placed", "placed_options", "prompt_space"):
+            vars(other).pop(follows, None)
         return other
 
     # --- Making them
@@ -254,7 +256,7 @@ class Experiment(Context):
             if not subspace.header["prompts"].keys() <= seen:
                 return "another split's tasks"
             if subspace.header["space"] == "random" and "origin" not in subspace.header:
-                return "another origin, random ones of before November 2026"
+                return "another origin, random ones of older versions"
             return "" if all(subspace.inputs) else "soft prompts that are gone"
 
         return self._used(found, why_not)
@@ -277,7 +279,8 @@ class Experiment(Context):
             return self.subspace(space, dim, self.collected())
         if not found:
             remedy = f"run 'ipt fit-subspace --dim {dim}'" if space == "subspace" else "leave --subspace out"
-            raise IptError(f"the cache holds 0 subspaces of dim {dim} of these {len(self.collected())} tasks: {remedy}")
+            none = f"the cache holds 0 subspaces of dim {dim} of these {len(self.collected())} tasks: {remedy}"
+            raise IptError("; ".join([none, *self.left_out.values()]))
         none = "" if chosen or name else f", none of them of all {len(self.named('seen'))} seen tasks"
         told = differences(found)
         known = "; ".join(f"{s.name[:8]} ({told.get(s.name) or f'{len(s.inputs)} tasks'})" for s in found)

@@ -109,13 +109,13 @@ def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep)
 def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConfig) -> Made:
     """Make a space that needs no learning."""
     initial, kind, dim = x.prompt_space.initial_prompt, result.header["space"], result.header["dim"]
-    seed, unit = config.subspace_seed, unit_of(prompts, initial)
+    seed = config.subspace_seed
     if kind == "linear":
         space = linear_space(prompts, initial, dim=dim)
     elif kind == "low-rank":
         space = low_rank_space(initial, unit=x.prompt_space.unit, dim=dim, seed=seed)
     else:
-        space = untrained_space(initial, unit=unit, dim=dim, inner=config.inner, seed=seed)
+        space = untrained_space(initial, unit=unit_of(prompts, initial), dim=dim, inner=config.inner, seed=seed)
         space = fair_space(space, seed) if kind == "random" else space
     return Made(result, {"unit": space.unit}, space.weights)
 

@@ -318,9 +318,9 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
     ordered = sorted(stage, key=lambda result: len(result.instead_of))  # so that each has as many that need not wait for others
     share, waits = {result.name for result in ordered[rank() :: n_ranks()]}, False
     while missing := store.missing(ordered):
-        absent = {result.name for result in missing}
-        ready = [result for result in missing if not any(other.name in absent for other in result.instead_of)]
-        todo = [result for result in ready if result.name in share] or ready
+        mine = [result for result in missing if result.name in share] or missing
+        absent = {result.name for result in mine}  # what could make others needless comes first, but nobody waits for another
+        todo = [result for result in mine if not any(other.name in absent for other in result.instead_of)]
         own = _claimed(store, todo)
         try:
             if first := next(own, None):
@@ -330,7 +330,7 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
                         report.log("made", file=str(store.path(made.result)), **made.record)
         finally:
             store.claims.give_back()
-        if not first and todo == ready:
+        if not first and mine is missing:
             if not waits and n_ranks() == 1:
                 report.say(f"waiting for another process, which makes {len(missing)} {label(stage)}")
             waits = True

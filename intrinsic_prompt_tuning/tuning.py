@@ -31,7 +31,7 @@ class TuneConfig:
 
     steps: Annotated[int, Setting("Updates of a job.", least=1)] = 1000
     batch_size: Annotated[int, TUNING("Rows of a job in one update.", least=1, most=4096)] = 8
-    evaluations: Annotated[int, TUNING("Validations of a job.", least=1)] = 5
+    evaluations: Annotated[int, TUNING("Validations of a job, at most.", least=1)] = 5
     patience: Annotated[int, TUNING("Validations without gain that end a job; 0: none ends early.", least=0, most=10**6)] = 3
     """With 0 not even a solved one ends early."""
     warmup: float = 0.05

@@ -502,6 +502,25 @@ def test_a_start_like_the_seen_tasks_is_the_same_in_a_subspace_that_was_describe
     torch.testing.assert_close(starts[0][1], starts[1][1])
 
 
+def test_with_other_seeds_prompts_vectors_subspaces_and_random_words_are_others(build: Build) -> None:
+    x = build(initial_text="")
+    one = x.with_seeds(0)
+    other = x.with_seeds(2)
+    assert (other.options.seed, other.fitting.subspace_seed) == (x.options.seed + 2, x.fitting.subspace_seed + 2)
+
+    def told(by: Experiment) -> list[str]:
+        prompts = by.soft_prompts(by.named("seen"))
+        subspace = by.subspace("subspace", 6, prompts)
+        vectors = by.intrinsic_vectors(["mood-good"], 21, subspace)["mood-good"]
+        return [prompts["mood-good"][0].name, subspace.name, vectors[0].name]
+
+    assert told(one) == told(x)
+    assert not {*told(other)} & {*told(x)}
+    assert other.soft_prompts(["mood-good"])["mood-good"][0].header["seed"] == x.options.seed + 2
+    assert not torch.equal(other.prompt_space.initial_prompt, x.prompt_space.initial_prompt)
+    assert torch.equal(one.prompt_space.initial_prompt, x.prompt_space.initial_prompt)
+
+
 # --- Rows ----------------------------------------------------------------------------------------
 
 
@@ -706,7 +725,7 @@ def test_a_random_space_of_an_older_cache_which_starts_elsewhere_is_no_longer_us
     x.store.save(Made(before, {"unit": space.unit}, space.weights))
     other = build()
     assert other.found_subspaces() == []
-    assert told(other) == ["not used: 1 subspaces of another origin, random ones of before November 2026"]
+    assert told(other) == ["not used: 1 subspaces of another origin, random ones of older versions"]
     assert other.choose_subspace("random", 6, "").name == now.name != before.name
 
 
@@ -867,6 +886,8 @@ def test_a_subspace_of_which_a_bit_is_another_costs_only_itself(x: Experiment, b
     other = build(skip_missing=True)
     assert [subspace.name for subspace in other.found_subspaces()] == [good.name]
     assert "its checksum is another" in other.left_out[str(path)]
+    with pytest.raises(IptError, match=r"holds 0 subspaces of dim 5 .*; .*/5-.* its checksum is another\): remove it"):
+        other.choose_subspace("subspace", 5, "")
 
 
 def test_a_subspace_stays_where_the_rows_of_one_of_its_tasks_cannot_be_had_now(x: Experiment, build: Build) -> None:

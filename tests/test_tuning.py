@@ -336,12 +336,11 @@ def test_a_job_ends_when_all_validation_rows_are_right_and_cost_next_to_nothing(
 def test_steps_that_do_not_divide_still_end_with_an_evaluation(t5: Backbone, tasks: dict[str, Task]) -> None:
     space = make_space(t5, "prompt")
     for evaluations, expected in ((3, [3, 6, 7]), (4, [2, 4, 6, 7]), (5, [2, 4, 6, 7]), (100, [1, 2, 3, 4, 5, 6, 7])):
-        config, at = TuneConfig(steps=7, batch_size=2, evaluations=evaluations, patience=0), dict[float, Job]()
+        config, told = TuneConfig(steps=7, batch_size=2, evaluations=evaluations, patience=0), list[dict[str, float]]()
         job = make_job(t5, tasks["animal-class"], torch.zeros(space.dim))
-        told = partial(lambda at, job, figures: at.update({figures["step"]: job}), at)
-        (result,) = tune(t5, space, [job], config, slots=1, on_validation=told)
+        (result,) = tune(t5, space, [job], config, slots=1, on_validation=partial(lambda told, _, own: told.append(own), told))
         assert result.record["steps"] == 7
-        assert list(at) == expected
+        assert [figures["step"] for figures in told] == expected
 
 
 def test_a_job_answers_its_validation_rows_as_it_is_told_to(t5: Backbone, tasks: dict[str, Task]) -> None:
