@@ -291,8 +291,8 @@ def load_backbone(
         layout = causal_layout(tokenizer, name, chat)
         lm = Causal(model, prompt_at or "end", end=layout.end)
     backbone = Backbone(name, lm, layout, max_length, *first_budgets(model, lm.prompt_at))
-    backbone.max_length = min(max_length, backbone.positions or max_length)
     check_backbone(backbone)
+    backbone.max_length = min(max_length, backbone.positions or max_length)
     return backbone
 
 

@@ -49,9 +49,7 @@ class Options:
     tasks_file: Annotated[Path, DATA("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, TUNING("Tokens of a soft prompt.", least=1, most=100_000)] = 100
-    initial_text: Annotated[str, TUNING("What prompts start from, repeated; '': random words.", shown_default="random words")] = (
-        ""
-    )
+    initial_text: Annotated[str, TUNING("What prompts start from, repeated; '' for random words.")] = ""
     shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
     test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
     max_length: Annotated[int, DATA("Tokens of prompt and input together.", least=8)] = 512
@@ -77,9 +75,7 @@ class Rates:
 
     learning_rate: Annotated[list[float], TUNING("Of prompts; repeat it: validation chooses.")] = field(default_factory=_rate)
     """In units of the embeddings."""
-    vector_learning_rate: Annotated[list[float], TUNING("Of vectors; repeat it: validation chooses.")] = field(
-        default_factory=_rate
-    )
+    vector_learning_rate: Annotated[list[float], TUNING("Of vectors; repeat it likewise.")] = field(default_factory=_rate)
     tries: Annotated[int, TUNING("At each rate, rows in another order; validation chooses.", least=1, most=100)] = 1
 
     def __post_init__(self) -> None:

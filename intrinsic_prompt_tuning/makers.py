@@ -9,7 +9,7 @@ from functools import partial
 from intrinsic_prompt_tuning.backbone import Encoded
 from intrinsic_prompt_tuning.context import COLLECTION_SEED, Context
 from intrinsic_prompt_tuning.files import digest
-from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFit, fit_subspace
+from intrinsic_prompt_tuning.finding import SubspaceConfig, fit_subspace
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.results import AfterStep, Choice, Made, Maker, Result, collection_name
@@ -88,27 +88,28 @@ def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> 
 
 
 def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
-    """Find subspaces, one after the other."""
-    done, initial = 0.0, x.prompt_space.initial_prompt
+    """Find subspaces, one after the other, of which one at a time is in memory."""
+    done = 0.0
     for result in results:
-        prompts, config = x.prompts(result.inputs), SubspaceConfig(**result.header["config"])
-        if result.header["space"] != "subspace":
-            yield _unlearned(x, result, prompts, config)
-            continue
-
-        def on_step(fit: SubspaceFit, result: Result = result, done: float = done) -> None:
-            after_step(lambda: {result: state} if (state := fit.state()) else {}, done + fit.step)
-
-        rows, state = [x.encoded(own[0].header["task"], COLLECTION_SEED)[0] for own in result.inputs], x.store.unfinished(result)
-        dim = result.header["dim"]
-        space, record = fit_subspace(x.backbone, prompts, initial, rows, dim, config, unfinished=state, on_step=on_step)
+        yield _learned(x, result, after_step, done) if result.header["space"] == "subspace" else _unlearned(x, result)
         done += result.cost.steps
-        yield Made(result, {"unit": space.unit} | record, space.weights)
 
 
-def _unlearned(x: Context, result: Result, prompts: Tensor, config: SubspaceConfig) -> Made:
+def _learned(x: Context, result: Result, after_step: AfterStep, done: float) -> Made:
+    """Find a subspace."""
+    rows = [x.encoded(choice[0].header["task"], COLLECTION_SEED)[0] for choice in result.inputs]
+    space, record = fit_subspace(
+        x.backbone, x.prompts(result.inputs), x.prompt_space.initial_prompt, rows, result.header["dim"],
+        SubspaceConfig(**result.header["config"]), unfinished=x.store.unfinished(result),
+        on_step=lambda fit: after_step(lambda: {result: state} if (state := fit.state()) else {}, done + fit.step),
+    )  # fmt: skip
+    return Made(result, {"unit": space.unit} | record, space.weights)
+
+
+def _unlearned(x: Context, result: Result) -> Made:
     """Make a space that needs no learning."""
     initial, kind, dim = x.prompt_space.initial_prompt, result.header["space"], result.header["dim"]
+    prompts, config = x.prompts(result.inputs), SubspaceConfig(**result.header["config"])
     seed = config.subspace_seed
     if kind == "linear":
         space = linear_space(prompts, initial, dim=dim)

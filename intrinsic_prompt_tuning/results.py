@@ -145,6 +145,7 @@ class Store:
         self.claims = Claims(folder / ".claims")
         self.before_save: Callable[[], None] = lambda: None
         self._solved, self._whole = dict[str, bool](), set[str]()
+        self._headers: dict[tuple[Path, int], dict[str, Any]] = {}  # of files at a time, as reading a large one takes long
 
     def path(self, result: Result) -> Path:
         """Return where the file is or would be."""
@@ -229,7 +230,9 @@ class Store:
         results, unusable = list[Result](), dict[str, str]()
         for path in sorted((self.folder / f"{kind}s").glob("*.safetensors")):
             try:
-                result = Result(read_file(path)[0])
+                at = path, path.stat().st_mtime_ns if path.exists() else 0
+                self._headers[at] = self._headers.get(at) or read_file(path)[0]
+                result = Result(self._headers[at])
                 if result.header.get("backbone") != self.fingerprint:
                     made_for = str(result.header.get("backbone"))[:8]
                     raise damaged(path, f"was made with another backbone ({made_for}, expected {self.fingerprint[:8]})")
@@ -328,6 +331,7 @@ def _make_stage(store: Store, stage: Sequence[Result], maker: Maker, report: Rep
                     for made in maker(itertools.chain((first,), own), after_step):
                         store.save(made)
                         report.log("made", file=str(store.path(made.result)), **made.record)
+                        del made  # before the next one is made, as a subspace is large
         finally:
             store.claims.give_back()
         if not first and mine is missing:

@@ -886,7 +886,7 @@ def test_a_subspace_of_which_a_bit_is_another_costs_only_itself(x: Experiment, b
     other = build(skip_missing=True)
     assert [subspace.name for subspace in other.found_subspaces()] == [good.name]
     assert "its checksum is another" in other.left_out[str(path)]
-    with pytest.raises(IptError, match=r"holds 0 subspaces of dim 5 .*; .*/5-.* its checksum is another\): remove it"):
+    with pytest.raises(IptError, match=r"holds 0 subspaces of dim 5 .*; .*/5-.*\(its checksum is another\): remove it"):
         other.choose_subspace("subspace", 5, "")
 
 
