@@ -613,6 +613,30 @@ def test_a_rank_whose_share_another_process_makes_goes_on_with_the_rest_and_then
     assert bakery.made == ["ann", "cid", "ben", "dan"]
 
 
+def test_a_rank_does_not_wait_for_a_first_try_that_another_process_makes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer tasks than ranks, all but the first would else have nothing to do."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    first = roll("ann")
+    second = Result(first.header | {"try": 1}, cost=first.cost, instead_of=(first,))
+    other, bakery, sleep, before_waiting = python(HOLDER, store.claims.path, first.name), Bakery(store), time.sleep, list[str]()
+
+    def waits(seconds: float) -> None:
+        if seconds != 0.2:  # a process is waited for
+            return sleep(seconds)
+        before_waiting.extend(bakery.made)
+        assert other.communicate("\n", timeout=60)[0].endswith("given back\n")
+
+    store.folder.mkdir()
+    try:
+        assert other.stdout and other.stdout.readline()
+        monkeypatch.setattr(results.time, "sleep", waits)
+        bakery.make([first, second])
+    finally:
+        other.kill()
+    assert before_waiting == ["ann"] and len(bakery.made) == 2
+
+
 def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
     first = roll("ann", learning_rate=0.3)
     second = Result(roll("ann", learning_rate=0.1).header, cost=first.cost, instead_of=(first,))
