@@ -198,13 +198,9 @@ class Experiment(Context):
     def _used(self, results: Iterable[Result], why_not: Callable[[Result], str], *, aloud: bool = True) -> list[Result]:
         """Return the results that nothing speaks against; say of how many others what does."""
         reasons = [(result, why_not(result)) for result in results]
-        if aloud:
-            self._say_skipped((result, why) for result, why in reasons if why)
-        return [result for result, why in reasons if not why]
-
-    def _say_skipped(self, skipped: Iterable[tuple[Result, str]]) -> None:
-        for (kind, why), count in Counter((result.kind, why) for result, why in skipped).items():
+        for (kind, why), count in Counter((result.kind, why) for result, why in reasons if why and aloud).items():
             self.report.say(f"not used: {count} {kind.replace('-', ' ')}s of {why}")
+        return [result for result, why in reasons if not why]
 
     def _why_outdated(self, result: Result) -> str:
         """Return why a tuned result is not of the rows and the metric that its task has now; nothing if it is."""
@@ -325,8 +321,8 @@ class Experiment(Context):
             raise IptError("; ".join([told, *self.left_out.values()]))
         subspaces = self.found_subspaces()
         vectors = self.found_vectors(subspaces)
-        alone = [result for choice in vectors for result in choice if result.header["task"] not in prompts]
-        self._say_skipped((result, "tasks without a soft prompt to compare with") for result in alone)
+        alone = "tasks without a soft prompt to compare with"  # whose scores are not described either
+        self._used(itertools.chain(*vectors), lambda result: "" if result.header["task"] in prompts else alone)
         return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
 
 

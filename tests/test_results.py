@@ -579,62 +579,53 @@ def test_every_rank_has_first_tries(store: Store, monkeypatch: pytest.MonkeyPatc
     assert bakery.made[0] == ["ann", "ben"][rank]
 
 
+def made_beside(
+    store: Store, monkeypatch: pytest.MonkeyPatch, held: Sequence[Result], wanted: Sequence[Result]
+) -> tuple[list[str], list[str]]:
+    """Make results as the second of two ranks while another process holds some; return what it made before it waited, and all."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    other = python(HOLDER, store.claims.path, *(one.name for one in held), WORLD_SIZE="1")
+    bakery, sleep, before_waiting = Bakery(store), time.sleep, list[str]()
+
+    def waits(seconds: float) -> None:
+        if seconds != 0.2:  # a process is waited for
+            return sleep(seconds)
+        before_waiting.extend(bakery.made)
+        assert other.communicate("\n", timeout=60)[0].endswith("given back\n")
+
+    store.folder.mkdir()
+    try:
+        assert other.stdout and len(other.stdout.readline().split()) == len(held)
+        monkeypatch.setattr(results.time, "sleep", waits)
+        bakery.make(wanted)
+    finally:
+        other.kill()
+    return before_waiting, bakery.made
+
+
 def test_a_rank_whose_share_another_process_makes_goes_on_with_the_rest_and_then_waits(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    other = python(HOLDER, store.claims.path, *(one.name for one in ROLLS[1:4:2]), WORLD_SIZE="1")
-    bakery, take, takes = Bakery(store), store.claims.take, []
-    before_waiting: list[str] = []
+    take, takes = store.claims.take, list[str]()
 
     def counted(name: str) -> bool:
         takes.append(name)
         assert len(takes) < 20, "it spins"
         return take(name)
 
-    sleep = time.sleep
-
-    def waits(seconds: float) -> None:
-        if seconds != 0.2:  # a process is waited for
-            return sleep(seconds)
-        before_waiting.extend(bakery.made)
-        assert other.communicate("\n", timeout=60)[0].endswith("given back\n")
-
-    store.folder.mkdir()
-    try:
-        assert other.stdout and len(other.stdout.readline().split()) == 2
-        monkeypatch.setattr(store.claims, "take", counted)
-        monkeypatch.setattr(results.time, "sleep", waits)
-        bakery.make(ROLLS[:4])
-    finally:
-        other.kill()
+    monkeypatch.setattr(store.claims, "take", counted)
+    before_waiting, made = made_beside(store, monkeypatch, ROLLS[1:4:2], ROLLS[:4])
     assert before_waiting == ["ann", "cid"]
-    assert bakery.made == ["ann", "cid", "ben", "dan"]
+    assert made == ["ann", "cid", "ben", "dan"]
 
 
 def test_a_rank_does_not_wait_for_a_first_try_that_another_process_makes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer tasks than ranks, all but the first would else have nothing to do."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
     first = roll("ann")
     second = Result(first.header | {"try": 1}, cost=first.cost, instead_of=(first,))
-    other, bakery, sleep, before_waiting = python(HOLDER, store.claims.path, first.name), Bakery(store), time.sleep, list[str]()
-
-    def waits(seconds: float) -> None:
-        if seconds != 0.2:  # a process is waited for
-            return sleep(seconds)
-        before_waiting.extend(bakery.made)
-        assert other.communicate("\n", timeout=60)[0].endswith("given back\n")
-
-    store.folder.mkdir()
-    try:
-        assert other.stdout and other.stdout.readline()
-        monkeypatch.setattr(results.time, "sleep", waits)
-        bakery.make([first, second])
-    finally:
-        other.kill()
-    assert before_waiting == ["ann"] and len(bakery.made) == 2
+    before_waiting, made = made_beside(store, monkeypatch, [first], [first, second])
+    assert before_waiting == ["ann"] and len(made) == 2
 
 
 def test_what_a_result_makes_needless_is_not_made(store: Store) -> None:
