@@ -129,6 +129,7 @@ class Claims:
     def give_back(self) -> None:
         """Forget what this process has claimed."""
         if self._file:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)  # first, or two that give back at once would each leave the file to the other
             with contextlib.suppress(OSError):  # others have claims
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.path.unlink()

@@ -286,6 +286,24 @@ def test_claims_that_nobody_could_see_are_none(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_of_two_that_give_back_at_once_one_removes_the_file(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims, lock = Claims(tmp_path / "claims"), results.fcntl.lockf
+
+    def lock_when_the_other_has_given_back(*arguments: Any) -> None:
+        try:
+            lock(*arguments)
+        finally:
+            if arguments[1] & results.fcntl.LOCK_EX:  # it is known by now whether others have claims
+                assert holder.communicate("\n", timeout=60)[0].endswith("given back\n")
+
+    assert claims.take("c")
+    monkeypatch.setattr(results.fcntl, "lockf", lock_when_the_other_has_given_back)
+    claims.give_back()
+    assert not list(tmp_path.iterdir())
+
+
 CROWD = """
 import sys, time
 from pathlib import Path
