@@ -118,7 +118,7 @@ class Claims:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self._file or self.path.open("ab")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(name[:15], 16))
-            if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):  # else the last to have claims just removed it
+            if self._is_current(file):  # else the last to have claims just removed it
                 self._file = file
         except (BlockingIOError, FileNotFoundError):
             return False
@@ -132,9 +132,14 @@ class Claims:
             fcntl.lockf(self._file, fcntl.LOCK_UN)  # first, or two that give back at once would each leave the file to the other
             with contextlib.suppress(OSError):  # others have claims
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.path.unlink()
+                if self._is_current(self._file):  # else another removed it, and there may be a new one
+                    self.path.unlink()
             self._file.close()
             self._file = None
+
+    def _is_current(self, file: Any) -> bool:
+        """Return whether an open file is the one that others find; while this process has locks in it, it stays so."""
+        return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
 
 
 class Store:

@@ -304,6 +304,21 @@ def test_of_two_that_give_back_at_once_one_removes_the_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_who_gives_back_late_leaves_the_new_file_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims, lock = Claims(tmp_path / "claims"), results.fcntl.lockf
+
+    def lock_when_there_is_a_new_file(file: Any, kind: int) -> None:
+        if kind & results.fcntl.LOCK_EX:
+            (tmp_path / "claims").unlink()
+            (tmp_path / "claims").touch()
+        lock(file, kind)
+
+    assert claims.take("a")
+    monkeypatch.setattr(results.fcntl, "lockf", lock_when_there_is_a_new_file)
+    claims.give_back()
+    assert (tmp_path / "claims").exists()
+
+
 CROWD = """
 import sys, time
 from pathlib import Path
