@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import fcntl
 import itertools
 import json
@@ -45,7 +44,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from shared import Spaces, every, mean_with_error, pooled_text, reported, splits_drawn
+from shared import Spaces, every, mean_with_error, pooled_text, reported, splits_drawn, with_rates
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
@@ -265,13 +264,6 @@ def folds_of_kept(arguments: argparse.Namespace) -> list[Fold]:
         seen, unseen = ({task: prompts[task] for task in x.named(group)} for group in ("seen", "unseen"))
         found.append(Fold(x, seen, unseen, [x.subspace(kind, dim, seen) for kind, dim in asked]))
     return found
-
-
-def with_rates(x: Experiment, *rates: float) -> Experiment:
-    """Return the experiment with other learning rates."""
-    other = copy.copy(x)
-    other.rates = replace(x.rates, learning_rate=[*rates], vector_learning_rate=[*rates])
-    return other
 
 
 def best_rate(x: Experiment, choices: Mapping[str, Choice], spaces: Sequence[Result] = ()) -> float:

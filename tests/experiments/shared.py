@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
@@ -27,6 +29,13 @@ FLOORS = ("no prompt", "one answer for all")
 def every(choices: Iterable[Choice]) -> list[Result]:
     """Return all results of choices."""
     return [result for choice in choices for result in choice]
+
+
+def with_rates(x: Experiment, *rates: float) -> Experiment:
+    """Return the experiment with other learning rates."""
+    other = copy.copy(x)
+    other.rates = replace(x.rates, learning_rate=[*rates], vector_learning_rate=[*rates])
+    return other
 
 
 def reported(x: Experiment, prompts: Mapping[str, Choice], spaces: Sequence[Result], vectors: Sequence[Choice]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python tests/experiments/testbed.py dims --cache DIR          # Figs 3 and 4: all spaces by dimension
     python tests/experiments/testbed.py needed --cache DIR        # dimensions that unseen tasks need: random spaces above 250
-    python tests/experiments/testbed.py grids --cache DIR         # three learning rates a task on every side
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, starts near by
+    python tests/experiments/testbed.py grids --cache DIR         # after it: three learning rates a task on every side
     python tests/experiments/testbed.py nearby --cache DIR        # known tasks: starts near by, and prompts of the other rows
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
     python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from shared import Spaces, averaged, every, pairs_text, pooled, pooled_text, reported, splits_drawn, write_split
+from shared import Spaces, averaged, every, pairs_text, pooled, pooled_text, reported, splits_drawn, with_rates, write_split
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
@@ -45,7 +45,7 @@ from intrinsic_prompt_tuning.results import Choice, Result
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tuning import minibatch, outcome
 
-OTHER_SEED = 21
+OTHER_SEED, GRID = 21, (0.1, 0.3, 1.0)
 FINE_TUNED_BATCH, FINE_TUNED_RATES = 4, (1e-4, 3e-4, 1e-3, 3e-3)
 DIMS = (250, 10, 50, 100, 25, 5)
 SEEDS_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
@@ -92,16 +92,6 @@ def needed(cache: Path) -> None:
     measure(x, prompts, [x.subspace(kind, dim, collection) for kind, own in dims.items() for dim in own])
 
 
-def grids(cache: Path) -> None:
-    """Unseen tasks with the best of three rates, task by task, for prompts and vectors alike; the spaces are of prompts with one."""
-    whole, rates = experiment(cache), [0.1, 0.3, 1.0]
-    seen = whole.soft_prompts(whole.named("seen"))
-    spaces = [whole.subspace(kind, dim, seen) for kind, dim in SEEDS_SPACES]
-    whole.make([*every([*seen.values()]), *spaces])
-    x = experiment(cache, learning_rate=rates, vector_learning_rate=rates)
-    measure(x, x.soft_prompts(x.named("unseen")), spaces)
-
-
 def seeds(cache: Path) -> None:
     """Other starts, orders of rows, subspaces and other data: the spread over runs, and what is above what, task by task."""
     reports = []
@@ -121,29 +111,49 @@ def seeds(cache: Path) -> None:
 
 def folds(cache: Path) -> None:
     """Each task that composes two parts is unseen once, in four splits, in three runs with other splits and seeds."""
-    whole, runs = experiment(cache), list[list[dict[str, Any]]]()
-    tasks = [task for task in whole.roles if not whole.task(task).pretrained]
+    runs = list[list[dict[str, Any]]]()
     for seed in range(3):
         runs.append([])
-        for n, split in enumerate(splits_drawn(cache, tasks, [*whole.roles], seed)):
-            # A random space of its own for every split.
-            runs[-1] += scores_of_unseen(experiment(cache, split=str(split), seed=seed, subspace_seed=4 * seed + n))
+        for x in fold_experiments(cache, seed):
+            runs[-1] += scores_of_unseen(x)
             ipt.echo(pooled_text(runs[-1]))
         if seed:
             ipt.echo(spread_text(spread([*map(pooled, runs)])) + "means over the runs\n\n" + pooled_text(averaged(runs)))
 
 
-def scores_of_unseen(x: Experiment) -> list[dict[str, Any]]:
-    """Tune prompts and vectors of the unseen tasks, also from the nearest seen prompts; return all of their scores."""
+def fold_experiments(cache: Path, seed: int) -> list[Experiment]:
+    """Return an experiment for each of four splits that a seed draws, with a random space of its own."""
+    whole = experiment(cache)
+    tasks = [task for task in whole.roles if not whole.task(task).pretrained]
+    splits = splits_drawn(cache, tasks, [*whole.roles], seed)
+    return [experiment(cache, split=str(split), seed=seed, subspace_seed=4 * seed + n) for n, split in enumerate(splits)]
+
+
+def scores_of_unseen(x: Experiment, rates: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Tune prompts and vectors of the unseen tasks, also from the nearest seen prompts; return all of their scores.
+
+    With rates each of them is the best of these, task by task, but for the prompts that spaces are made of.
+    """
     unseen, prompts = x.named("unseen"), x.soft_prompts(x.named("seen", "unseen"))
     collection = {task: prompts[task] for task in x.named("seen")}
     spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
+    if rates:
+        x = with_rates(x, *rates)
+        prompts |= x.soft_prompts(unseen)
     near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
     for space in spaces:
         if space.header["space"] == "subspace":
             near += x.intrinsic_vectors(unseen, COLLECTION_SEED, space, "nearest").values()
     report = measure(x, prompts, spaces, more=near)
     return [score for score in report["scores"] if score["task"] in unseen]
+
+
+def grids(cache: Path) -> None:
+    """The first run of `folds`, where all that is tuned of unseen tasks has the best of three rates, task by task."""
+    told = list[dict[str, Any]]()
+    for x in fold_experiments(cache, 0):
+        told += scores_of_unseen(x, GRID)
+        ipt.echo(pooled_text(told))
 
 
 def nearby(cache: Path) -> None:
@@ -336,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         part.__name__: part
-        for part in (dims, needed, grids, seeds, folds, nearby, seen, shots, kinds, ablations, stability, longer, fine_tuning)
+        for part in (dims, needed, seeds, folds, grids, nearby, seen, shots, kinds, ablations, stability, longer, fine_tuning)
     }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
