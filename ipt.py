@@ -195,7 +195,7 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
                     x.given["vector_learning_rate"] = x.rates.learning_rate
                 x.tell(name, {str(p.name): p.opts[0] for p in context.command.params if p.name not in NOT_KEPT})
                 function(x, **{name: values[name] for name in own})
-                if Sharing in groups and rank() == 0:  # another that failed would end the first, which may still write
+                if rank() == 0:  # another that failed would end the first, which may still write
                     x.finish()
             except KeyboardInterrupt as stop:
                 terminal.say("stopped: what is done is kept, and the same command goes on from here")

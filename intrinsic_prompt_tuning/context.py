@@ -131,7 +131,7 @@ class Context:
         self._spaces: dict[str, Space] = {}
         self._collections: dict[tuple[str, ...], Tensor] = {}
         self.nearest: dict[tuple[Any, ...], list[int]] = {}  # what `nearest_prompts` has found
-        self._repeating, self._known_budgets = set[str](), list[list[float]]()
+        self._repeating, self._said, self._known_budgets = set[str](), set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -253,10 +253,15 @@ class Context:
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
         """Say what is left out, and remember it for the end."""
-        for name, why in reasons.items():
-            if name not in self.left_out:
-                self.report.say(f"left out: {why}")
+        for why in reasons.values():
+            self.say_once(f"left out: {why}")
         self.left_out.update(reasons)
+
+    def say_once(self, text: str) -> None:
+        """Tell what a command may find out several times."""
+        if text not in self._said:
+            self.report.say(text)
+        self._said.add(text)
 
     def finish(self) -> None:
         """End with an error that lists what was left out, if anything was."""

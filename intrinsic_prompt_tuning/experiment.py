@@ -199,7 +199,7 @@ class Experiment(Context):
         """Return the results that nothing speaks against; say of how many others what does."""
         reasons = [(result, why_not(result)) for result in results]
         for (kind, why), count in Counter((result.kind, why) for result, why in reasons if why and aloud).items():
-            self.report.say(f"not used: {count} {kind.replace('-', ' ')}s of {why}")
+            self.say_once(f"not used: {count} {kind.replace('-', ' ')}s of {why}")
         return [result for result, why in reasons if not why]
 
     def _why_outdated(self, result: Result) -> str:

@@ -1064,6 +1064,23 @@ def test_a_file_that_cannot_be_used_is_named_and_eval_shows_the_rest(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("predict", "--input", "lines"), ("export", "--out", "adapter"), ("tune", "--space", "random", "--dim", 2, *SHORT)],
+)
+def test_every_command_tells_by_its_exit_code_that_something_was_left_out(
+    cli: Cli, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines").write_text("the happy fox\n", encoding="utf-8")
+    assert_done(cli("collect", *SHORT, "--task", "count-next", "--task", "mood-good"))
+    path = spoil(cache_folder, "count-next", lambda whole: whole[:-5])
+    result = cli(*arguments, "--task", "mood-good", "--skip-missing")
+    assert_one_error(result, r"\d were left out: ", rf"{re.escape(str(path))} .*damaged")
+    made = [*tmp_path.glob("adapter/*.safetensors"), *cache_folder.glob("*/intrinsic-vectors/*")]
+    assert result.out if arguments[0] == "predict" else made
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_was_left_out_is_the_first_process_s_to_tell(
     cli: Cli, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int
