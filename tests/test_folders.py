@@ -157,6 +157,18 @@ def test_a_folder_of_which_no_task_is_in_the_split_is_told_so(tmp_path: Path) ->
         Context({"data": tmp_path})
 
 
+def test_tables_beside_few_shot_files_and_options_of_tables_without_one_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path / "gym", "ag_news", "PART\tWorld\n")
+    for columns, kind, data in (("a,b", None, None), ("", "free-form", None), ("a,b", None, tmp_path / "gym")):
+        with pytest.raises(IptError, match="--columns and --kind are for your own tables, which --data names: leave them out"):
+            find_tasks(TASKS_FILE, data, columns, kind)
+    (tmp_path / "gym" / "reviews.csv").write_text("input,output\ngood,yes\n", encoding="utf-8")
+    with pytest.raises(
+        IptError, match=r"gym holds few-shot files and tables, such as reviews\.csv: give the tables another folder"
+    ):
+        find_tasks(TASKS_FILE, tmp_path / "gym", "", None)
+
+
 # --- Hostile files -------------------------------------------------------------------------------
 
 

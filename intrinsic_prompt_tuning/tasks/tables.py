@@ -25,6 +25,12 @@ MOST_LABELS, LONG_ANSWER = 20, 5  # distinct answers that can be labels, words o
 LONGEST_LINE, LARGEST_FILE = 1_000_000, 100_000_000  # bytes
 
 
+def table_files(data: Path) -> list[Path]:
+    """Return the tables that a path is, or that a folder holds."""
+    paths = sorted(data.glob("[!.]*")) if data.is_dir() else [data]
+    return [path for path in paths if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file()]
+
+
 def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", kind: Kind | None = None) -> dict[str, Task]:
     """Read a table, which is then all that its task has, or all tables of a folder: tasks that are seen in the split `own`.
 
@@ -32,13 +38,12 @@ def find_table_tasks(data: Path, known: Mapping[str, Task], columns: str = "", k
         IptError: a file cannot be read as a table, or in more than one way, and neither --columns nor --kind says in which.
     """
     found: dict[str, dict[str, Path]] = {}
-    for path in sorted(data.glob("[!.]*")) if data.is_dir() else [data]:
-        if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():
-            ((task, part),) = PART.findall(path.stem)
-            own = found.setdefault(file_name(task or path.resolve().parent.name).strip("-"), {})
-            part = {"": "train", "train": "train", "test": "test"}.get(part.lower(), "validation")
-            if own.setdefault(part, path) != path:
-                raise IptError(f"{own[part]} and {path.name} are both {part} rows of one task: rename one")
+    for path in table_files(data):
+        ((task, part),) = PART.findall(path.stem)
+        own = found.setdefault(file_name(task or path.resolve().parent.name).strip("-"), {})
+        part = {"": "train", "train": "train", "test": "test"}.get(part.lower(), "validation")
+        if own.setdefault(part, path) != path:
+            raise IptError(f"{own[part]} and {path.name} are both {part} rows of one task: rename one")
     if not found:
         raise IptError(
             f"{data} {'holds no task' if data.exists() else 'is not there'}; expected files such as reviews.csv, .tsv or .jsonl, "
