@@ -16,7 +16,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig, check_dim
 from intrinsic_prompt_tuning.makers import job_of, makers
 from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_name, make, names
 from intrinsic_prompt_tuning.settings import settled
-from intrinsic_prompt_tuning.spaces import SpaceKind, low_rank
+from intrinsic_prompt_tuning.spaces import FREE, SpaceKind, coded_numbers, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tuning import pace_of
 
@@ -73,10 +73,10 @@ class Experiment(Context):
         config, n = self.fitting, self.prompt_space.dim
         prompts = dict(sorted(prompts.items()))  # as a header that was written and read has them
         collection = {task: names(choice) for task, choice in prompts.items()}
-        used = None if space == "subspace" else () if space == "linear" else ("subspace_seed", "inner")
-        about = {name: value for name, value in asdict(config).items() if used is None or name in used}
-        origin = {"origin": "initial prompt"} if space == "random" else {}
-        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **origin)
+        version = _version(space, dim, len(prompts))
+        used = ("subspace_seed",) * len(version) if space == "linear" else ("subspace_seed", "inner")
+        about = {name: value for name, value in asdict(config).items() if space == "subspace" or name in used}
+        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **version)
         learned = space == "subspace" and config.lm_loss
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
@@ -251,8 +251,10 @@ class Experiment(Context):
         def why_not(subspace: Result) -> str:
             if not subspace.header["prompts"].keys() <= seen:
                 return "another split's tasks"
-            if subspace.header["space"] == "random" and "origin" not in subspace.header:
-                return "another origin, random ones of older versions"
+            header = subspace.header
+            for name, value in _version(header["space"], header["dim"], len(header["prompts"])).items():
+                if header.get(name) != value:
+                    return f"another {name}, as older versions made them"
             return "" if all(subspace.inputs) else "soft prompts that are gone"
 
         return self._used(found, why_not)
@@ -324,6 +326,13 @@ class Experiment(Context):
         alone = "tasks without a soft prompt to compare with"  # whose scores are not described either
         self._used(itertools.chain(*vectors), lambda result: "" if result.header["task"] in prompts else alone)
         return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
+
+
+def _version(space: str, dim: int, n_tasks: int) -> dict[str, Any]:
+    """Return what headers of subspaces say that older versions made otherwise."""
+    if space == "random":
+        return {"origin": "initial prompt"}
+    return {"free": FREE} if space in ("subspace", "linear") and dim > coded_numbers(dim, n_tasks) else {}
 
 
 def differences(subspaces: Iterable[Result]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.passes import to_device
 from intrinsic_prompt_tuning.settings import TUNING
-from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, coded_numbers, freed, unit_of, untrained_space
 from intrinsic_prompt_tuning.tuning import prompt_losses
 
 
@@ -141,7 +141,8 @@ def fit_subspace(
     """
     check_dim(dim, initial_prompt)
     unit, inner, seed = unit_of(soft_prompts, initial_prompt), config.inner, config.subspace_seed
-    fit = SubspaceFit(untrained_space(initial_prompt, unit=unit, dim=dim, inner=inner, seed=seed), config)
+    coded = coded_numbers(dim, len(soft_prompts))
+    fit = SubspaceFit(untrained_space(initial_prompt, unit=unit, dim=coded, inner=inner, seed=seed), config)
     if unfinished:
         fit.restore(unfinished)
     on_step(fit)
@@ -149,7 +150,8 @@ def fit_subspace(
         _fit_step(backbone, fit, soft_prompts, rows)
         on_step(fit)
     record = {"lm_loss": float(fit.lm_loss), "unexplained": float(fit.unexplained)}
-    return _unit_vectors(fit.space, soft_prompts), {name: value for name, value in record.items() if math.isfinite(value)}
+    space = freed(_unit_vectors(fit.space, soft_prompts), dim, seed)
+    return space, {name: value for name, value in record.items() if math.isfinite(value)}
 
 
 def _fit_step(backbone: Backbone, fit: SubspaceFit, soft_prompts: Tensor, rows: Sequence[Sequence[Encoded]]) -> None:

@@ -112,7 +112,7 @@ def _unlearned(x: Context, result: Result) -> Made:
     prompts, config = x.prompts(result.inputs), SubspaceConfig(**result.header["config"])
     seed = config.subspace_seed
     if kind == "linear":
-        space = linear_space(prompts, initial, dim=dim)
+        space = linear_space(prompts, initial, dim=dim, seed=seed)
     elif kind == "low-rank":
         space = low_rank_space(initial, unit=x.prompt_space.unit, dim=dim, seed=seed)
     else:

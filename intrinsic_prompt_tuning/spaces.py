@@ -13,6 +13,8 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.passes import FEW
 
+FREE = 0.5
+"""How far free numbers move a prompt together, in units (chosen on validation rows of the testbed, of 0.25, 0.5 and 1)."""
 SpaceKind = Literal["prompt", "subspace", "linear", "random", "random-unscaled", "low-rank"]
 
 
@@ -30,7 +32,8 @@ class Space:
     """What one is in a difference: root mean square of the embeddings, or of the collected prompts' differences."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """in.weight (dim, n), in.bias (dim), hidden.weight (inner, dim), hidden.bias, out.weight (n, inner), out.bias, where n is
-    prompt_length * hidden; in a linear space out.weight is (n, dim). In a low-rank one there is only basis (rank, hidden)."""
+    prompt_length * hidden; in a linear space out.weight is (n, dim). Of free numbers, the last ones, there is free.weight
+    (n, free), and dim is less by as many. In a low-rank space there is only basis (rank, hidden)."""
 
     @property
     def dim(self) -> int:
@@ -38,12 +41,16 @@ class Space:
         length, hidden = self.initial_prompt.shape
         if "basis" in self.weights:
             return length * len(self.weights["basis"]) + 2 * hidden
-        return len(self.weights["in.bias"]) if self.weights else length * hidden
+        return len(self.weights["in.bias"]) + self._n_free if self.weights else length * hidden
+
+    @property
+    def _n_free(self) -> int:
+        return self.weights["free.weight"].shape[1] if "free.weight" in self.weights else 0
 
     def project(self, soft_prompts: Tensor) -> Tensor:
         """Map soft prompts (tasks, prompt_length, hidden) to theta (tasks, dim): the paper's Proj."""
         differences = ((soft_prompts - self.initial_prompt) / self.unit).flatten(1)
-        return self._linear(differences, "in") if self.weights else differences
+        return torch.nn.functional.pad(self._linear(differences, "in"), (0, self._n_free)) if self.weights else differences
 
     def back_project(self, theta: Tensor) -> Tensor:
         """Map theta (tasks, dim) to soft prompts (tasks, prompt_length, hidden): the paper's Proj_b."""
@@ -52,9 +59,14 @@ class Space:
             z, s, b = theta.split([self.dim - 2 * hidden, hidden, hidden], dim=1)
             products = _product(z.reshape(len(theta) * length, -1), self.weights["basis"].T).view(-1, length, hidden)
             differences = torch.addcmul(b[:, None], products, 1 + s[:, None])
+        elif self.weights:
+            code, free = theta.split([self.dim - self._n_free, self._n_free], dim=1)
+            inner = torch.tanh(self._linear(code, "hidden")) if "hidden.weight" in self.weights else code
+            differences = self._linear(inner, "out")
+            if self._n_free:
+                differences = differences + _product(free, self.weights["free.weight"])
         else:
-            inner = torch.tanh(self._linear(theta, "hidden")) if "hidden.weight" in self.weights else theta
-            differences = self._linear(inner, "out") if self.weights else inner
+            differences = theta
         return self.initial_prompt + self.unit * differences.view(-1, *self.initial_prompt.shape)
 
     def unexplained(self, soft_prompts: Tensor, reconstructed: Tensor) -> Tensor:
@@ -115,25 +127,41 @@ def fair_space(space: Space, seed: int) -> Space:
     return replace(space, weights={**space.weights, **out})
 
 
-def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int) -> Space:
-    """Return the principal components of soft prompts (tasks, prompt_length, hidden), theta of unit variance.
+def coded_numbers(dim: int, n_prompts: int) -> int:
+    """Return how many of dim numbers are coordinates in what some prompts have in common; the others are free (`freed`)."""
+    return min(dim, max(1, n_prompts - 1))
+
+
+def freed(space: Space, dim: int, seed: int) -> Space:
+    """Return a space with as many free numbers more as make it dim numbers: each moves a prompt along a random direction.
+
+    The prompts of n tasks differ in no more than n - 1 directions. What a new task needs beyond them, an auto-encoder of more
+    numbers does not hold either. Standard normal free numbers together move a prompt by `FREE` units (root mean square).
+    """
+    n, free = space.initial_prompt.numel(), dim - space.dim
+    directions = torch.randn(n, free, generator=torch.Generator().manual_seed(seed)) * (FREE / math.sqrt(max(1, free)))
+    return replace(space, weights={**space.weights, "free.weight": directions.to(space.initial_prompt)}) if free else space
+
+
+def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, seed: int = 0) -> Space:
+    """Return the principal components of soft prompts (tasks, prompt_length, hidden), theta of unit variance; and free numbers.
 
     Raises:
-        IptError: there are not more prompts than dimensions.
+        IptError: the prompts span fewer dimensions than are asked for.
     """
-    unit = unit_of(soft_prompts, initial_prompt)
+    coded, unit = coded_numbers(dim, len(soft_prompts)), unit_of(soft_prompts, initial_prompt)
     differences = (soft_prompts - initial_prompt).flatten(1) / unit
     mean = differences.mean(0)
     _, s, v = torch.linalg.svd(differences - mean, full_matrices=False)
     n_components = int((s > 1e-4 * s[0]).sum())
-    if dim > n_components:
-        raise IptError(f"the {len(soft_prompts)} prompts span {n_components} dimensions, not {dim}: use a smaller --dim")
+    if coded > n_components:
+        raise IptError(f"the {len(soft_prompts)} prompts span {n_components} dimensions, not {coded}: use a smaller --dim")
     # Libraries disagree about the sign of a component: here its largest entry is positive.
-    v = v[:dim] * v[:dim].gather(1, v[:dim].abs().argmax(1, keepdim=True)).sign()
-    scale = s[:dim, None] / math.sqrt(len(soft_prompts))
+    v = v[:coded] * v[:coded].gather(1, v[:coded].abs().argmax(1, keepdim=True)).sign()
+    scale = s[:coded, None] / math.sqrt(len(soft_prompts))
     inward = v / scale
     weights = {"in.weight": inward, "in.bias": -inward @ mean, "out.weight": (v * scale).T, "out.bias": mean}
-    return Space(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()})
+    return freed(Space(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()}), dim, seed)
 
 
 def low_rank(initial_prompt: Tensor, dim: int) -> int:

@@ -115,6 +115,14 @@ def test_a_step_s_gradient_is_that_of_mean_task_loss_plus_alpha_times_reconstruc
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_what_more_numbers_than_prompts_have_in_common_is_free(t5: Backbone, tasks: dict[str, Task]) -> None:
+    (coded, record), _, prompts = fit(t5, tasks, dim=6)
+    (space, more), _, _ = fit(t5, tasks, dim=10)
+    assert (coded.dim, space.dim, len(prompts)) == (6, 10, 7) and record == more
+    assert space.weights.keys() - coded.weights.keys() == {"free.weight"} and space.weights["free.weight"].shape == (48, 4)
+    assert all(torch.equal(weight, space.weights[name]) for name, weight in coded.weights.items())
+
+
 def test_a_dim_larger_than_the_prompt_is_refused(t5: Backbone, tasks: dict[str, Task]) -> None:
     with pytest.raises(IptError, match="--dim 49 is larger than the prompt itself, 48 numbers: use a smaller --dim"):
         fit(t5, tasks, dim=49)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.spaces import Space, fair_space, linear_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, fair_space, freed, linear_space, unit_of, untrained_space
 
 
 @pytest.fixture
@@ -107,6 +108,28 @@ def test_a_fair_space_differs_in_its_last_layer_alone_whose_weights_are_scaled_a
     assert not torch.equal(other.weights["out.weight"], fair.weights["out.weight"])
 
 
+# --- Free numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [random_space, lambda initial: linear_space(collection(initial), initial, dim=4)])
+def test_free_numbers_move_prompts_beside_what_the_others_do_and_no_prompt_has_any(
+    initial: Tensor, make: Callable[[Tensor], Space]
+) -> None:
+    plain, prompts = make(initial), collection(initial)
+    space = freed(plain, plain.dim + 30, seed=1)
+    assert space.dim == plain.dim + 30 and freed(plain, plain.dim, seed=1) is plain
+    vectors = space.project(prompts)
+    assert torch.equal(vectors[:, : plain.dim], plain.project(prompts)) and not vectors[:, plain.dim :].any()
+    torch.testing.assert_close(space.back_project(vectors), plain.back_project(plain.project(prompts)))
+    free = torch.randn(1000, 30, generator=torch.Generator().manual_seed(99))
+    moved = space.back_project(torch.cat([vectors[:1, : plain.dim].expand(1000, -1), free], dim=1))
+    assert unit_of(moved, space.back_project(vectors[:1])[0]) == pytest.approx(0.5 * space.unit, rel=0.1)
+    assert torch.linalg.matrix_rank(moved[:40].flatten(1) - moved[0].flatten(), rtol=1e-4) == 30
+    again, other = (freed(plain, plain.dim + 30, seed=seed) for seed in (1, 2))
+    assert torch.equal(again.back_project(vectors + 1), space.back_project(vectors + 1))
+    assert not torch.equal(other.back_project(vectors + 1), space.back_project(vectors + 1))
+
+
 # --- Linear --------------------------------------------------------------------------------------
 
 
@@ -144,10 +167,11 @@ def test_the_signs_of_the_linear_space_do_not_depend_on_those_of_the_svd(
         assert torch.equal(plain.project(prompts), other.project(prompts))
 
 
-@pytest.mark.parametrize(("tasks", "dim"), [(5, 5), (80, 49)])
-def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: Tensor, tasks: int, dim: int) -> None:
+def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: Tensor) -> None:
     with pytest.raises(IptError, match="smaller --dim"):
-        linear_space(collection(initial, tasks, rank=40), initial, dim=dim)
+        linear_space(collection(initial, 80, rank=40), initial, dim=49)
+    few = collection(initial, 5, rank=40)
+    assert linear_space(few, initial, dim=9).weights.keys() - linear_space(few, initial, dim=4).weights.keys() == {"free.weight"}
 
 
 def test_prompts_that_repeat_themselves_span_fewer_dimensions_and_that_is_said(initial: Tensor) -> None:

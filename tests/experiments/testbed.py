@@ -49,8 +49,8 @@ OTHER_SEED, GRID = 21, (0.1, 0.3, 1.0)
 FINE_TUNED_BATCH, FINE_TUNED_RATES = 4, (1e-4, 3e-4, 1e-3, 3e-3)
 DIMS = (250, 10, 50, 100, 25, 5)
 SEEDS_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
-FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99))
-"""With low-rank prompts of a rank above one, and all that is linear in 100 prompts."""
+FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99), ("linear", 250))
+"""With low-rank prompts of a rank above one, and all that is linear in 100 prompts, also with free numbers."""
 
 
 def experiment(cache: Path, **given: Any) -> Experiment:
