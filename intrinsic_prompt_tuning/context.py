@@ -323,23 +323,12 @@ class Context:
         # Where prompts start from random words, headers have no text, as those of older versions had none.
         return shared | ({"initial_text": o.initial_text} if o.initial_text else {}) | more
 
-    def prompts(self, choices: Iterable[Choice]) -> Tensor:
+    def prompts(self, choices: Sequence[Choice]) -> Tensor:
         """Return soft prompts that were tuned: (tasks, prompt_length, hidden)."""
-        wanted, shape = list(choices), self.prompt_space.initial_prompt.shape
-        key = tuple(result.name for choice in wanted for result in choice)
-        if len(wanted) == 1:
-            return self._tensor(wanted[0], "soft_prompt", shape)[None]
+        key = tuple(result.name for choice in choices for result in choice)
         if key not in self._collections:  # every job of a stage may ask for the same one
-            self._collections = {key: torch.stack([self._tensor(choice, "soft_prompt", shape) for choice in wanted])}
+            self._collections = {key: torch.stack([self.tuned(choice) for choice in choices])}
         return self._collections[key]
-
-    def _tensor(self, choice: Choice, name: str, shape: Sequence[int]) -> Tensor:
-        """Return the tensor of the best of a choice, which must have this shape."""
-        result, _, tensors = self.store.best(choice)
-        found, expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {name: tuple(shape)}
-        if found != expected or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
-            raise damaged(self.store.path(result), f"holds the tensors {found}, expected {expected}, finite float32")
-        return tensors[name].to(self.backbone.device)
 
     def space(self, subspace: Result) -> Space:
         """Return a subspace that was made."""
@@ -354,10 +343,15 @@ class Context:
 
     def tuned(self, choice: Choice) -> Tensor:
         """Return what the best of a choice, of soft prompts or of intrinsic vectors, comes to: (prompt_length, hidden)."""
-        if choice[0].kind == "soft-prompt":
-            return self.prompts([choice])[0]
-        space = self.space(choice[0].inputs[0][0])
-        return space.back_project(self._tensor(choice, "intrinsic_vector", (space.dim,))[None])[0]
+        result, _, tensors = self.store.best(choice)
+        is_prompt = result.kind == "soft-prompt"
+        space = self.prompt_space if is_prompt else self.space(result.inputs[0][0])
+        name, shape = ("soft_prompt", space.initial_prompt.shape) if is_prompt else ("intrinsic_vector", (space.dim,))
+        found, expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, {name: tuple(shape)}
+        if found != expected or tensors[name].dtype != torch.float32 or not tensors[name].isfinite().all():
+            raise damaged(self.store.path(result), f"holds the tensors {found}, expected {expected}, finite float32")
+        tensor = tensors[name].to(self.backbone.device)
+        return tensor if is_prompt else space.back_project(tensor[None])[0]
 
 
 def _budgets(backbone: Backbone) -> list[list[float]]:

@@ -229,6 +229,8 @@ class Experiment(Context):
         Raises:
             IptError: a seen task has none; nothing is ever put in its place.
         """
+        if "seen" not in self.roles.values():
+            raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
         found = self.found_prompts(self.named("seen"))
         missing = [task for task in self.named("seen") if task not in found]
         if not found or (missing and not self.options.skip_missing):

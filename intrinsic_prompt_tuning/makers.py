@@ -32,10 +32,8 @@ def job_of(x: Context, result: Result, space: Space) -> Job:
     about = {name: header[name] for name in ("task", "metric", "data_seed", "learning_rate", "seed")}
     state = x.store.unfinished(result)
     theta = torch.zeros(space.dim) if state else start_of(x, result, space)  # what goes on looks for no start
-    return Job(
-        **about, number=header.get("try", 0), theta=theta, unfinished=state,
-        rows=lambda: x.encoded(header["task"], header["data_seed"])[:2],
-    )  # fmt: skip
+    rows = x.encoded(header["task"], header["data_seed"])[:2]
+    return Job(**about, of=result, number=header.get("try", 0), theta=theta, rows=rows, unfinished=state)
 
 
 def start_of(x: Context, result: Result, space: Space) -> Tensor:
@@ -60,31 +58,24 @@ def start_of(x: Context, result: Result, space: Space) -> Tensor:
 
 def make_tuned(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
     """Tune soft prompts or intrinsic vectors: the one engine."""
-    first, o = next(results), x.options
+    first, o, done = next(results), x.options, 0
     is_prompt, config = first.kind == "soft-prompt", TuneConfig(**first.header["tuning"])
     space = x.prompt_space if is_prompt else x.space(first.inputs[0][0])
-    begun, done = dict[Job, Result](), 0
-
-    def begin() -> Iterator[Job]:
-        for result in itertools.chain((first,), results):
-            job = job_of(x, result, space)
-            begun[job] = result
-            yield job
+    jobs = (job_of(x, result, space) for result in itertools.chain((first,), results))
 
     def step(table: JobTable) -> None:
-        snapshot, own = table.snapshot(), dict(begun)
-        steps = float(table.state["step"].sum()) + done * config.steps
-        after_step(lambda: {own[job]: state for job, state in snapshot().items()}, steps)
+        snapshot, steps = table.snapshot(), float(table.state["step"].sum()) + done * config.steps
+        after_step(lambda: {job.of: state for job, state in snapshot().items()}, steps)
 
     def told(job: Job, figures: dict[str, float]) -> None:
-        header = begun[job].header
+        header = job.of.header
         about = {name: header[name] for name in ("kind", "task", "data_seed", "space", "dim", "try") if name in header}
         x.report.log("validation", **about, learning_rate=job.learning_rate, **figures)
 
-    for tuned in tune(x.backbone, space, begin(), config, slots=o.slots, decoding=o.decoding, on_step=step, on_validation=told):
+    for tuned in tune(x.backbone, space, jobs, config, slots=o.slots, decoding=o.decoding, on_step=step, on_validation=told):
         done += 1
         tensors = {"soft_prompt": tuned.soft_prompt} if is_prompt else {"intrinsic_vector": tuned.theta}
-        yield Made(begun.pop(tuned.job), tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
+        yield Made(tuned.job.of, tuned.record | x.answering(tuned.job.task, tuned.job.data_seed), tensors)
 
 
 def make_subspaces(x: Context, results: Iterator[Result], after_step: AfterStep) -> Iterator[Made]:
@@ -159,7 +150,7 @@ def prompt_of(x: Context, score: Result) -> Tensor:
         return x.prompts(score.inputs).mean(0)
     if stage == "MSF":
         space = x.space(score.inputs[1][0])
-        return space.back_project(space.project(x.prompts(score.inputs[:1])))[0]
+        return space.back_project(space.project(x.tuned(score.inputs[0])[None]))[0]
     return x.tuned(score.inputs[0]) if score.inputs else x.prompt_space.initial_prompt[:0]
 
 

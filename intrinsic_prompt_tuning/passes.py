@@ -45,7 +45,6 @@ class Budget:
             work: one pass.
         """
         lengths = [sum(width) for width in widths]
-        in_one = max(lengths, default=0) * len(lengths)
         for group in self.groups(widths):
             left = sorted(group, key=lambda row: -lengths[row])
             while left:
@@ -53,7 +52,6 @@ class Budget:
                 overhead = tokens / 8 if self.overhead is None else self.overhead
                 for size in pass_sizes([lengths[row] for row in left], tokens, overhead):
                     if self._try(left[:size], lengths, work):
-                        self._grow(in_one, used=lengths[left[0]] * size)
                         del left[:size]
                     if self.tokens != tokens:
                         break
@@ -66,26 +64,22 @@ class Budget:
         return [found[blocks] for blocks in sorted(found, reverse=True)]
 
     def _try(self, rows: list[int], lengths: Sequence[int], work: Callable[[list[int]], None]) -> bool:
-        """Tell whether a pass fitted into memory; if it did not, the next are half as large."""
-        longest = lengths[rows[0]]
+        """Tell whether a pass fitted into memory; if it did not, the next are half as large, and if it did, perhaps twice."""
+        longest, used, in_one = lengths[rows[0]], lengths[rows[0]] * len(rows), max(lengths) * len(lengths)
         try:
             work(rows)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             if len(rows) == 1:
-                raise IptError(
-                    f"one row of {longest} tokens does not fit into memory: "
-                    "shorten it with --max-length or use a smaller backbone"
-                ) from error
-            self.most, self.tokens = min(self.most, longest * len(rows)), longest * (len(rows) // 2)
+                told = f"one row of {longest} tokens does not fit into memory"
+                raise IptError(f"{told}: shorten it with --max-length or use a smaller backbone") from error
+            self.most, self.tokens = min(self.most, used), longest * (len(rows) // 2)
             return False
-        return True
-
-    def _grow(self, in_one: int, used: int) -> None:
-        """Double if all rows do not fit into one pass, and if by what the last has used there is memory for that."""
+        # Not all rows fit into one pass, and by what this one has used there is memory for more.
         if in_one > self.tokens and 2 * self.tokens < self.most and memory_share() * max(1, self.tokens / used) < 0.4:
             self.tokens *= 2
+        return True
 
 
 def block(width: int) -> int:

@@ -61,10 +61,12 @@ class Job:
     """Of the experiment: likewise."""
     theta: Tensor
     """(dim,), float32: where it starts."""
-    rows: Callable[[], Sequence[list[Encoded]]]
-    """Returns training and validation rows; called when the job begins, so that waiting jobs cost nothing."""
+    rows: Sequence[list[Encoded]]
+    """Training and validation rows."""
     unfinished: Mapping[str, Tensor] = field(default_factory=dict)
     """The state at which the job goes on, if it began before."""
+    of: Any = None
+    """What it is for, which the engine does not look at."""
 
     @property
     def order(self) -> int:
@@ -99,7 +101,6 @@ class JobTable:
     def __init__(self, dim: int, device: torch.device) -> None:
         """Begin with no job; `dim` is the length of a row of theta."""
         self.jobs: list[Job] = []
-        self.rows: list[Sequence[list[Encoded]]] = []
         self.row_tokens: list[float] = []
         """Of each job's training rows, on average."""
         self.state = {name: torch.zeros(0, dim, device=device) for name in ("theta", "mean", "square", "best_theta")}
@@ -116,8 +117,7 @@ class JobTable:
             row = start.get(name, torch.zeros(table.shape[1:])).to(table)
             self.state[name] = torch.cat([table, row[None]])
         self.jobs.append(job)
-        self.rows.append(job.rows())
-        self.row_tokens.append(fmean(map(len, self.rows[-1][0])))
+        self.row_tokens.append(fmean(map(len, job.rows[0])))
 
     def snapshot(self) -> Callable[[], dict[Job, dict[str, Tensor]]]:
         """Return a way to read, at any later time, the states that the jobs have now: what `Job.unfinished` can give back."""
@@ -127,8 +127,7 @@ class JobTable:
     def retain(self, which: Sequence[int]) -> None:
         """Drop all jobs but these."""
         self.state = {name: table[list(which)] for name, table in self.state.items()}
-        self.jobs, self.rows = [self.jobs[i] for i in which], [self.rows[i] for i in which]
-        self.row_tokens = [self.row_tokens[i] for i in which]
+        self.jobs, self.row_tokens = [self.jobs[i] for i in which], [self.row_tokens[i] for i in which]
 
     def result(self, i: int, space: Space) -> Tuned:
         """Return a job's outcome, copied out of the table."""
@@ -197,8 +196,10 @@ def step(backbone: Backbone, space: Space, table: JobTable, config: TuneConfig) 
     state, size = table.state, config.batch_size
     theta = state["theta"].detach().requires_grad_()
     prompts = space.back_project(theta)  # (tasks, prompt_length, hidden)
-    begun = zip(table.jobs, table.rows, state["step"].long().tolist(), strict=True)
-    batch = [(i, train[n]) for i, (job, (train, _), at) in enumerate(begun) for n in minibatch(len(train), size, job.order, at)]
+    batch = list[tuple[int, Encoded]]()
+    for i, (job, at) in enumerate(zip(table.jobs, state["step"].long().tolist(), strict=True)):
+        train, _ = job.rows
+        batch += [(i, train[n]) for n in minibatch(len(train), size, job.order, at)]
     losses, prompt_gradient = prompt_losses(backbone, prompts.detach(), batch)
     (gradient,) = torch.autograd.grad(prompts, theta, prompt_gradient)
     _record_losses(losses, state)
@@ -277,13 +278,13 @@ def validate(
     """Score the validation rows of some jobs, and keep their theta where it is the best so far."""
     with torch.no_grad():
         prompts = space.back_project(table.state["theta"][list(due)])
-    rows = [(at, example) for at, i in enumerate(due) for example in table.rows[i][1]]
+    rows = [(at, example) for at, i in enumerate(due) for example in table.jobs[i].rows[1]]
     answers = iter(backbone.answer(prompts, rows, decoding=decoding))
     state = table.state
     for name in ("best_theta", "best_score", "best_loss", "best_step"):
         state[name] = state[name].clone()  # written into below
     for i in due:
-        job, examples = table.jobs[i], table.rows[i][1]
+        job, examples = table.jobs[i], table.jobs[i].rows[1]
         score, loss = outcome(job.metric, examples, list(itertools.islice(answers, len(examples))))
         at, training_loss = int(state["step"][i]), float(state["last_loss"][i])
         for which, value in (("training", training_loss), ("validation", loss)):
@@ -318,4 +319,4 @@ def pace_of(backbone: Backbone, space: Space, jobs: Sequence[Job], config: TuneC
     begin = time.perf_counter()
     validate(backbone, space, table, range(len(jobs)), decoding)
     answering = time.perf_counter() - begin
-    return min(seconds[1:]) / (len(jobs) * config.batch_size), answering / sum(len(rows) for _, rows in table.rows)
+    return min(seconds[1:]) / (len(jobs) * config.batch_size), answering / sum(len(job.rows[1]) for job in jobs)

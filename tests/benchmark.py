@@ -108,8 +108,8 @@ def make_engine(
         initial = model.get_input_embeddings()(ids).float()
     space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), device)
     for number, own in enumerate(rows):
-        theta, draw = torch.zeros(space.dim), lambda own=own: (list(own), [])
-        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=draw))
+        theta, drawn = torch.zeros(space.dim), (list(own), [])
+        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=drawn))
     return backbone, space, table, TuneConfig(steps=1000, batch_size=arguments.batch_size)
 
 
@@ -128,7 +128,7 @@ def bare(side: tuple, steps: int) -> None:
     prompt = space.initial_prompt.to(next(model.parameters()).dtype)
     for number in range(steps):
         rows = [
-            train[row] for train, _ in table.rows for row in minibatch(len(train), config.batch_size, 100, number)
+            train[row] for train, _ in (job.rows for job in table.jobs) for row in minibatch(len(train), config.batch_size, 100, number)
         ]  # fmt: skip
 
         def work(numbers: list[int], rows: list[Encoded] = rows) -> None:

@@ -70,8 +70,8 @@ def engine(
         initial = model.get_input_embeddings()(torch.arange(5, 25, device=model.device)).float()
     space, table = Space(initial, backbone.embedding_rms), JobTable(initial.numel(), backbone.device)
     for number, own in enumerate(rows):
-        theta, draw = torch.zeros(space.dim), lambda own=own: (own, [])
-        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=draw))
+        theta = torch.zeros(space.dim)
+        table.add(Job(task=str(number), metric="ACC", data_seed=100, learning_rate=0.1, theta=theta, rows=(own, [])))
     return backbone, space, table, TuneConfig(steps=1000, batch_size=batch_size)
 
 

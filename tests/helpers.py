@@ -101,9 +101,7 @@ def make_space(backbone: Backbone, kind: str) -> Space:
 def make_job(
     backbone: Backbone, task: Task, theta: Tensor, *, rate: float = 0.1, seed: int = 100, metric: str | None = None, **more: Any
 ) -> Job:
-    def rows() -> tuple[list[Encoded], list[Encoded]]:
-        return rows_of(backbone, task, seed=seed), rows_of(backbone, task, seed=seed, part="validation")
-
+    rows = rows_of(backbone, task, seed=seed), rows_of(backbone, task, seed=seed, part="validation")
     about = {"task": task.name, "metric": metric or task.metric, "data_seed": seed, "learning_rate": rate}
     return Job(**about | {"theta": theta, "rows": rows} | more)
 

@@ -263,7 +263,7 @@ def test_behind_the_input_a_prompt_lets_every_input_go_through_the_model_once(
     sample = task.sample(100, 4, 11)
     train, validation = (backbone.encode(part, prompt_length=3) for part in (sample.train, sample.validation))
     jobs = [
-        Job(task="animal-class", metric="ACC", data_seed=100, learning_rate=rate, theta=torch.zeros(space.dim), rows=lambda: (train, validation))
+        Job(task="animal-class", metric="ACC", data_seed=100, learning_rate=rate, theta=torch.zeros(space.dim), rows=(train, validation))
         for rate in (0.1, 0.2)
     ]  # fmt: skip
     list(tune(backbone, space, jobs, TuneConfig(steps=12, batch_size=4, evaluations=3, patience=0)))
@@ -291,7 +291,7 @@ def test_the_backbone_stays_bitwise_the_same_and_tuning_lowers_the_loss(
     backbone = load_backbone(str(folders["llama"]), device="cpu", prompt_at=at)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     space, rows = Space(backbone.initial_prompt(3, 0), backbone.embedding_rms), rows_of(backbone, tasks)[:8]
-    job = Job(task="x", metric="EM", data_seed=1, learning_rate=0.1, theta=torch.zeros(space.dim), rows=lambda: (rows, rows))
+    job = Job(task="x", metric="EM", data_seed=1, learning_rate=0.1, theta=torch.zeros(space.dim), rows=(rows, rows))
     (result,) = tune(backbone, space, [job], TuneConfig(steps=40, batch_size=8, evaluations=2, patience=0))
     assert result.record["last_loss"] < result.record["first_loss"]
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.model.state_dict().items())

@@ -15,7 +15,7 @@ from helpers import Questions, like, make_job, make_jobs, make_space, random_pro
 from torch import Tensor
 
 from intrinsic_prompt_tuning import tuning
-from intrinsic_prompt_tuning.backbone import Backbone, Encoded, load_backbone
+from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.metrics import accuracy
 from intrinsic_prompt_tuning.passes import FEW, Budget
@@ -57,17 +57,16 @@ def test_without_a_number_of_slots_jobs_fill_four_passes_and_at_least_16_are_tun
     assert counts[0] == at_once
 
 
-def test_of_a_queue_of_10_000_jobs_none_is_made_and_no_rows_loaded_before_its_turn(t5: Backbone, tasks: dict[str, Task]) -> None:
-    space, config, loaded, asked = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int](), list[int]()
-    rows = rows_of(t5, tasks["mood-good"])
+def test_of_a_queue_of_10_000_jobs_none_is_made_before_its_turn(t5: Backbone, tasks: dict[str, Task]) -> None:
+    space, config, asked = make_space(t5, "subspace"), TuneConfig(steps=1, batch_size=2), list[int]()
 
     def job(n: int) -> Job:
         asked.append(n)
-        return make_job(t5, tasks["mood-good"], torch.zeros(space.dim), rows=lambda: (loaded.append(n), (rows, rows))[1])
+        return make_job(t5, tasks["mood-good"], torch.zeros(space.dim))
 
     first = next(tune(t5, space, map(job, range(10_000)), config, slots=16))
     assert first.record["steps"] == 1
-    assert loaded == asked == list(range(16))
+    assert asked == list(range(16))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "subspace"])
@@ -112,10 +111,7 @@ def test_on_the_testbed_neighbours_and_pass_sizes_change_no_bit(kind: str, dim: 
     rows = {
         name: tuple(rows_of(backbone, tasks[name], part=part, length=8) for part in ("train", "validation")) for name in names
     }
-    jobs = [
-        make_job(backbone, tasks[name], start, rate=0.3, rows=partial(rows.get, name))
-        for name, start in zip(names, starts, strict=True)
-    ]
+    jobs = [make_job(backbone, tasks[name], start, rate=0.3, rows=rows[name]) for name, start in zip(names, starts, strict=True)]
     config = TuneConfig(steps=12, batch_size=3, evaluations=2, patience=0)
 
     def thetas(backbone: Backbone, slots: int) -> list[Tensor]:
@@ -151,14 +147,10 @@ def test_jobs_begin_in_their_order_and_as_soon_as_a_slot_is_free(t5: Backbone, t
     begun: list[str] = []
 
     def spied(job: Job) -> Job:
-        def rows() -> tuple[list[Encoded], list[Encoded]]:
-            begun.append(job.task)
-            return job.rows()
+        begun.append(job.task)
+        return job
 
-        return dataclasses.replace(job, rows=rows)
-
-    jobs = [spied(job) for job in make_jobs(t5, space, tasks)]
-    results = tune(t5, space, jobs, config, slots=3)
+    results = tune(t5, space, map(spied, make_jobs(t5, space, tasks)), config, slots=3)
     next(results)
     assert begun == list(tasks)[:3]
     list(results)
@@ -286,7 +278,7 @@ def test_the_best_checkpoint_is_kept_and_is_a_copy(t5: Backbone, tasks: dict[str
         for name in ("animal-class", "mood-opposite-choice")
     ]
     wrong = rows_of(t5, tasks["even-or-good"])
-    jobs = [dataclasses.replace(job, rows=lambda rows=job.rows: (wrong, rows()[1])) for job in jobs]
+    jobs = [dataclasses.replace(job, rows=(wrong, job.rows[1])) for job in jobs]
     seen: dict[int, dict[str, Tensor]] = {}
 
     def on_step(table: JobTable) -> None:
@@ -328,7 +320,7 @@ def test_a_job_ends_when_all_validation_rows_are_right_and_cost_next_to_nothing(
     for validation, solved, patience, steps in cases:
         config = TuneConfig(steps=12, batch_size=3, evaluations=3, patience=patience, solved=solved)
         job = make_job(t5, task, torch.zeros(space.dim), rate=1e-9)  # the answers stay as they are
-        job = dataclasses.replace(job, rows=lambda own=job.rows, validation=validation: (own()[0], validation))
+        job = dataclasses.replace(job, rows=(job.rows[0], validation))
         (result,) = tune(t5, space, [job], config)
         assert (result.record["steps"], result.record["validation"] == 1) == (steps, validation is right)
 

@@ -178,9 +178,7 @@ def nearby(cache: Path) -> None:
             by_way.setdefault(way, {})[score["task"]] = score["value"]
     ipt.echo(table_text("way|n|mean score", [[way, len(own), fmean(own.values())] for way, own in by_way.items()]))
     ipt.echo(pairs_text(by_way))
-    own = [
-        nearest_prompts(x, [*collection.values()], task, OTHER_SEED)[0].equal(x.prompts([collection[task]])[0]) for task in seen
-    ]
+    own = [nearest_prompts(x, [*collection.values()], task, OTHER_SEED)[0].equal(x.tuned(collection[task])) for task in seen]
     ipt.echo(f"the nearest seen prompt is the task's own on {sum(own)} of {len(own)} tasks")
 
 
