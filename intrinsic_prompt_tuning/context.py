@@ -49,7 +49,9 @@ class Options:
     tasks_file: Annotated[Path, DATA("Another tasks.yaml.", shown_default="the one that ships")] = TASKS_FILE
     cache: Annotated[Path | None, Setting("Folder of all results.", shown_default="$IPT_CACHE or the user's")] = None
     prompt_length: Annotated[int, TUNING("Tokens of a soft prompt.", least=1, most=100_000)] = 100
-    initial_text: Annotated[str, TUNING("What prompts start from, repeated; '' for random words.")] = ""
+    initial_text: Annotated[
+        str, TUNING("What prompts start from, repeated; '' for random words.", shown_default="random words")
+    ] = ""
     shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
     test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
     max_length: Annotated[int, DATA("Tokens of prompt and input together.", least=8)] = 512
@@ -134,12 +136,6 @@ class Context:
         self._repeating, self._said, self._known_budgets = set[str](), set[str](), list[list[float]]()
         self._measured: tuple[float, float] | None = None
 
-    def settings(self) -> dict[str, Any]:
-        """Return every setting by name, but for what is empty or follows from where the prompt stands."""
-        groups = (self.options, settled(TuneConfig, self.given), self.fitting, self.rates)
-        known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
-        return {name: value for name, value in known.items() if name in self.given or name not in BEHIND}
-
     def chosen(self, task: list[str] | None, seen: bool, unseen: bool) -> list[str]:
         """Return the tasks that options name; all of the split when they name none."""
         wanted = [role for role, asked in (("seen", seen), ("unseen", unseen)) if asked]
@@ -149,8 +145,10 @@ class Context:
         return found or self.own or list(self.roles)
 
     def tell(self, command: str, flags: Mapping[str, str]) -> None:
-        """Take the command that this is for, and settings -> its flags, to keep all its options by the names of `--config`."""
-        known = self.settings() | self.given
+        """Take a command, and settings -> its flags; keep its options, but for what is empty or follows from prompt_at."""
+        groups = (self.options, settled(TuneConfig, self.given), self.fitting, self.rates)
+        known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
+        known = {name: value for name, value in known.items() if name not in BEHIND} | self.given
         self.told = command, {flag[2:]: known[name] for name, flag in flags.items() if name in known and flag.startswith("--")}
 
     def keep_notes(self) -> None:

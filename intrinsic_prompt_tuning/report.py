@@ -99,16 +99,19 @@ def report_text(report: Mapping[str, Any], *, wide: bool) -> str:
     return text.removesuffix("\n")
 
 
+def _figure_text(row: Mapping[str, Any], name: str) -> str | None:
+    """Write a figure with the interval or the standard deviation that the row has of it, or nothing."""
+    low, high, deviation = (row.get(f"{name}_{of}") for of in ("low", "high", "sd"))
+    beside = "" if deviation is None else f" +- {deviation:.3f}"
+    beside = beside if low is None or high is None else f" [{low:.3f} {high:.3f}]"
+    return None if row[name] is None else f"{row[name]:.3f}{beside}"
+
+
 def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """Write means and standard deviations over runs."""
-
-    def both(row: Mapping[str, Any], name: str) -> str | None:
-        deviation = row[f"{name}_sd"]
-        return None if row[name] is None else f"{row[name]:.3f}" + (f" +- {deviation:.3f}" if deviation is not None else "")
-
     heads = "quantity|space|dim|runs|E_rel|gain|mean score|one task's deviation"
-    cells = [[*(row[n] for n in ("quantity", "space", "dim", "n_runs")), *(both(row, n) for n in ("e_rel", "gain", "mean_score")),
-              row["task_sd"]] for row in rows]  # fmt: skip
+    about, figures = ("quantity", "space", "dim", "n_runs"), ("e_rel", "gain", "mean_score")
+    cells = [[*map(row.get, about), *(_figure_text(row, name) for name in figures), row["task_sd"]] for row in rows]
     title = "over runs with other orders of rows, starts of vectors, subspaces and data: mean +- standard deviation"
     return f"{title}\n\n{table_text(heads, cells)}"
 
@@ -124,12 +127,6 @@ def needed_text(needed: Mapping[str, Mapping[str, float | None]], rows: Sequence
 
 def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
     """Write rows of the paper's table: in 100 columns what every reader needs, and what tells two rows apart; or every column."""
-
-    def interval(row: Mapping[str, Any], name: str) -> str:
-        low, high = row[f"{name}_low"], row[f"{name}_high"]
-        bounds = f" [{low:.3f} {high:.3f}]" if low is not None and high is not None else ""
-        return "-" if row[name] is None else f"{row[name]:.3f}{bounds}"
-
     alike = len({(row["quantity"], row["space"], row["dim"]) for row in rows}) < len(rows)
     alike |= any(row["start"] not in (None, "random") for row in rows)
     shown = ["quantity", "space", "dim", "numbers"] + (["start", "data_seed", "subspace"] if wide or alike else [])
@@ -137,8 +134,11 @@ def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
     heads = {"n_tasks": "n", "e_rel": "E_rel", "n_excluded": "excluded", "median_ratio": "median"}
     cells = []
     for row in rows:
-        told = {**row, "subspace": row["subspace"] and row["subspace"][:8], "e_rel": interval(row, "e_rel")}
-        gain, means = interval(row, "gain") if wide else row["gain"], f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
+        told = {**row, "subspace": row["subspace"] and row["subspace"][:8], "e_rel": _figure_text(row, "e_rel")}
+        gain, means = (
+            _figure_text(row, "gain") if wide else row["gain"],
+            f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}",
+        )
         cells.append([*(told[name] for name in shown), gain, means])
     names = [*(heads.get(name, name.replace("_", " ")) for name in shown), "gain", "mean / prompt tuning"]
     return table_text("|".join(names), cells) if rows else ""

@@ -111,7 +111,8 @@ def about_file(x: Context, given: str) -> dict[str, Any]:
         elif header["kind"] == "subspace":
             about |= {"tasks": list(header.pop("prompts"))} | _spectrum(header["prompt_length"], tensors)
         elif header["kind"] == "soft-prompt":
-            about["nearest words"] = _nearest_words(x, header["backbone"], tensors["soft_prompt"])
+            (prompt,) = tensors.values()  # of another name in what was exported
+            about["nearest words"] = _nearest_words(x, header["backbone"], prompt)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise damaged(path, f"is not what its header says ({error!r})") from error
     return about

@@ -544,4 +544,6 @@ def test_a_prompt_behind_the_input_has_defaults_of_its_own_text_and_steps(folder
         assert "initial_text" not in x.header("soft-prompt")
         assert not x.prompt_space.initial_prompt.equal(embeddings)
     assert [x.tuning.steps for x in (behind, front, of(steps=7))] == [200, 1000, 7]
-    assert "steps" not in behind.settings() and of(steps=7).settings()["steps"] == 7  # what is left open stays open in --config
+    for x, options in ((behind, {}), (of(steps=7), {"steps": 7})):  # what is left open stays open in --config
+        x.tell("tune", {"steps": "--steps"})
+        assert x.told == ("tune", options)

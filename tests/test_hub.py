@@ -547,6 +547,22 @@ def test_lists_in_a_template_are_joined_and_replaced_text_is_a_template() -> Non
     assert example.input == "(y): b+a++b"
 
 
+@pytest.mark.parametrize(("template", "truncate"), [("x = {{}} {q}", ""), ("{{q}} {q} {right}", "q"), ("{{q}} {q}", "start")])
+def test_doubled_braces_of_a_template_are_text(template: str, truncate: str) -> None:
+    row = {"dataset": "d", "template": template, "answer": "right", "metric": "EM", "truncate": truncate}
+    (example,) = read_hub_row("x", row, Path("f.yaml")).examples([RECORD])
+    assert example.input == template.format(**RECORD)
+    assert example.tail == {"": 0, "q": len(" y"), "start": len(example.input)}[truncate]
+
+
+def test_more_options_than_there_are_letters_are_all_written() -> None:
+    row = {"dataset": "d", "template": "{q}{options}", "answer": "key", "metric": "ACC", "options": "many", "pick": "letter"}
+    record = RECORD | {"many": [f"option {n}" for n in range(30)], "key": "ab"}
+    (example,) = read_hub_row("x", row, Path("f.yaml")).examples([record])
+    assert " (Z) option 25 (AA) option 26 (AB) option 27 " in example.input and example.input.endswith("(AD) option 29")
+    assert example.answers == ("option 27",) and len(example.options) == 30
+
+
 def test_the_name_of_a_column_may_hold_dots() -> None:
     row = {"dataset": "d", "template": "{meta.title} {meta.n}", "answer": "right", "metric": "EM"}
     (example,) = read_hub_row("x", row, Path("f.yaml")).examples([RECORD | {"meta.title": "T", "meta": {"n": 5}}])

@@ -111,6 +111,15 @@ def test_a_subspace_tells_its_tasks_spectrum_and_unexplained_share(made: tuple[P
         assert held[count - 1] >= part and (count == 1 or held[count - 2] < part)
 
 
+def test_an_exported_prompt_has_the_words_of_the_collected_one(made: tuple[Path, Cli], tmp_path: Path) -> None:
+    assert made[1]("export", "--task", "count-next", "--from", "prompt", "--out", tmp_path / "adapter").code == 0
+    exported, collected = (
+        shown(made[1], path)
+        for path in (tmp_path / "adapter" / "adapter_model.safetensors", one(made[0], "*/soft-prompts/count-next-*"))
+    )
+    assert exported["nearest words"] == collected["nearest words"] and len(exported["nearest words"]) == 3
+
+
 @pytest.mark.parametrize("space", ["linear", "low-rank"])
 def test_spaces_without_a_hidden_layer_have_a_spectrum_too(made: tuple[Path, Cli], space: str) -> None:
     path = next(p for p in made[0].glob("*/subspaces/*") if read_file(p)[0]["space"] == space)

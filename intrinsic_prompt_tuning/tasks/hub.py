@@ -3,6 +3,7 @@
 replace, clean, transform, keep -> template -> Example.
 """
 
+import itertools
 import operator
 import re
 import string
@@ -22,6 +23,8 @@ CONVERTED = "refs/convert/parquet"
 WAY_OUT = "; a folder of CrossFit or MetaICL files can stand in: --data DIR"
 READERS = ("csv", "json", "parquet", "text")
 """Data sets that are files, local ones or URLs."""
+LETTERS = [*string.ascii_uppercase, *map("".join, itertools.product(string.ascii_uppercase, repeat=2))]
+"""Of options: A to Z, AA, AB ..."""
 Cleaner = Literal["", "strip", "newlines", "breaks", "whitespace", "quotes", "letter", "compact"]
 
 
@@ -119,7 +122,8 @@ class HubRow:
     def _edited(self, record: Record) -> Record:
         """Apply `replace`, and `clean` where it names columns."""
         for old, new in self.replace.items():
-            record = map_text(record, operator.methodcaller("replace", old, self._render(new, record, ())))
+            text = self._render(string.Formatter().parse(new), record, ())
+            record = map_text(record, operator.methodcaller("replace", old, text))
         columns = self.clean.items() if isinstance(self.clean, dict) else ()
         return record | {column: map_text(self._value(record, column, "clean"), CLEANERS[how]) for column, how in columns}
 
@@ -137,21 +141,21 @@ class HubRow:
         paths = [self.options] if isinstance(self.options, str) else self.options
         options = tuple(text for path in paths for text in texts(self._value(record, path, "options")))
         clean = CLEANERS[self.clean if isinstance(self.clean, str) else ""]
-        head, mark, tail = self.template.partition("{" + self.truncate + "}")
-        head, tail = self._render(head + mark, record, options), self._render(tail, record, options)
+        parts = [*string.Formatter().parse(self.template)]
+        end = next((number for number, (_, path, *_) in enumerate(parts, 1) if path == self.truncate), len(parts))
+        head, tail = (self._render(some, record, options) for some in (parts[:end], parts[end:]))
         text, answers = clean(head + tail), self._answers(record, options) if answered else ("",)
         spared = len(text) if self.truncate == "start" else min(len(text), len(clean(tail)))
         words = tuple(dict.fromkeys(self.verbalizer.values()))
         return Example(text, answers, words or (() if self.pick == "free" else options), spared)
 
-    def _render(self, template: str, record: Record, options: Sequence[str]) -> str:
+    def _render(self, parts: Iterable[tuple[Any, ...]], record: Record, options: Sequence[str]) -> str:
         def text_of(path: str) -> str:
             if path != "options" or not self.options:
                 return self.join.join(texts(self._value(record, path, "template")))
-            labels = self._value(record, self.option_labels, "option_labels") if self.option_labels else string.ascii_uppercase
+            labels = self._value(record, self.option_labels, "option_labels") if self.option_labels else LETTERS
             return "".join(self.option_style.format(letter=a, text=b) for a, b in zip(labels, options, strict=False))
 
-        parts = string.Formatter().parse(template)
         return "".join(literal + (text_of(path) if path is not None else "") for literal, path, *_ in parts)
 
     def _answers(self, record: Record, options: Sequence[str]) -> tuple[str, ...]:
@@ -175,7 +179,7 @@ class HubRow:
         """Return the right option."""
         numbers = [str(number) for number in range(len(options) + 1)]
         labels = texts(self._value(record, self.option_labels, "option_labels")) if self.pick == "label" else ()
-        names = {"text": options, "label": labels, "letter": string.ascii_uppercase, "index": numbers, "number": numbers[1:]}
+        names = {"text": options, "label": labels, "letter": LETTERS, "index": numbers, "number": numbers[1:]}
         wanted = key.upper() if self.pick == "letter" else key
         for name, option in zip(names[self.pick], options, strict=False):
             if name == wanted:
@@ -198,13 +202,6 @@ class HubRow:
         ends = bounds.removesuffix("]").split(":")
         start, stop = (int(int(end[:-1]) / 100 * len(rows)) if "%" in end else int(end) if end else None for end in ends)
         return tuple(shuffled(rows, 42)[start:stop])
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the rows come from files that a person may change at any time."""
-        remote = ["://" in file and not file.startswith("file:") for file in self.data_files.values()]
-        is_path = self.dataset.startswith((".", "/", "~")) or (self.dataset != "" and Path(self.dataset).exists())
-        return is_path or (self.dataset in READERS and not all(remote))
 
     def _load_records(self, split: str) -> Iterator[Record]:
         """Read the records of one split through `datasets`; a failure names task, dataset and reason."""
@@ -282,7 +279,10 @@ def hub_task(name: str, row: Any, file: Path) -> Task:
     """Return a task whose rows are CrossFit's sample of a data set."""
     read = read_hub_row(name, row, file)
     source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
+    is_path = read.dataset.startswith((".", "/", "~")) or (read.dataset != "" and Path(read.dataset).exists())
+    remote = all("://" in data_file and not data_file.startswith("file:") for data_file in read.data_files.values())
+    is_local = is_path or (read.dataset in READERS and not remote)  # a person may change such files at any time
     return Task(
         name=name, kind=read.kind, metric=read.metric, draw=read.draw, source=source, splits=read.splits, category=read.category,
-        definition=None if read.is_local else row, words=tuple(dict.fromkeys(read.verbalizer.values())), render=read.render,
+        definition=None if is_local else row, words=tuple(dict.fromkeys(read.verbalizer.values())), render=read.render,
     )  # fmt: skip
