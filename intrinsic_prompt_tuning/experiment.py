@@ -124,7 +124,7 @@ class Experiment(Context):
         elif stage in ("mean", "nearest"):
             about |= {"space": stage, "dim": 0, "subspace": collection_name(inputs)}
         elif stage in ("two-stage", "warm start"):
-            of = inputs[0][0].header.get("collection")  # tells apart what started from the nearest of other prompts
+            of = inputs[0][0].header.get("collection")  # tells apart what started from other prompts or vectors
             about |= {"space": "prompt", "dim": self.prompt_space.dim} | ({"subspace": of} if of else {})
         header = self.header(
             "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(sample.test),

@@ -81,7 +81,10 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
         told = "expected subspace, nearest, a task, or a file that is there"
         raise IptError(f"--start is '{start}', {told}{nearest(start, x.tasks)}")
     x.starts |= {own.result.name: own.soft_prompt for own in found.values()}
-    return {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
+    names = {task: own.result.name for task, own in found.items()}
+    # The table tells apart what started from vectors of several subspaces, or from several files.
+    of = {task: own.result.header.get("subspace", names[task]) for task, own in found.items()}
+    return {task: {"start": start, "start_prompt": names[task], "collection": of[task]} for task in found}
 
 
 @dataclass(frozen=True)

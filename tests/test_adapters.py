@@ -585,6 +585,17 @@ def test_eval_tells_warm_starts_from_prompt_tuning(copied: Place) -> None:
     assert len(list(copied.cache.glob("*/subspaces/*"))) == subspaces
 
 
+def test_eval_tells_apart_what_started_from_vectors_of_several_subspaces(copied: Place) -> None:
+    copied.good("fit-subspace", "--dim", 2, "--subspace-steps", 2)
+    copied.good("tune", "--task", TASK, "--dim", 2, *SHORT)
+    for dim in (4, 2):
+        copied.good("collect", "--task", TASK, "--start", "subspace", "--dim", dim, *SHORT)
+    told = json.loads(copied.good("eval", "--json").out)
+    rows = [row for row in told["rows"] if row["quantity"] == "T_train_same(two-stage)"]
+    known = {path.stem[-16:] for path in copied.cache.glob("*/subspaces/*")}
+    assert len(rows) == 2 and {row["subspace"] for row in rows} == known
+
+
 def test_predict_takes_the_best_wherever_it_started(copied: Place, tmp_path: Path) -> None:
     copied.good("collect", "--task", TASK, "--start", TASK, "--steps", 60, "--evaluations", 6, "--learning-rate", 0.5)
     best = max(copied.prompts().values(), key=lambda one: (one["record"]["validation"], -one["record"]["validation_loss"]))
