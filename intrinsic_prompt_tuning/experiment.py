@@ -16,7 +16,7 @@ from intrinsic_prompt_tuning.finding import SubspaceConfig, check_dim
 from intrinsic_prompt_tuning.makers import job_of, makers
 from intrinsic_prompt_tuning.results import Choice, Cost, Result, collection_name, make, names
 from intrinsic_prompt_tuning.settings import settled
-from intrinsic_prompt_tuning.spaces import FREE, SpaceKind, coded_numbers, low_rank
+from intrinsic_prompt_tuning.spaces import SpaceKind, coded_numbers, low_rank
 from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tuning import pace_of
 
@@ -73,10 +73,12 @@ class Experiment(Context):
         config, n = self.fitting, self.prompt_space.dim
         prompts = dict(sorted(prompts.items()))  # as a header that was written and read has them
         collection = {task: names(choice) for task, choice in prompts.items()}
-        version = _version(space, dim, len(prompts))
-        used = ("subspace_seed",) * len(version) if space == "linear" else ("subspace_seed", "inner")
-        about = {name: value for name, value in asdict(config).items() if space == "subspace" or name in used}
-        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **version)
+        # What older versions made otherwise, or without, and what has no free numbers, keeps its name.
+        has_free = space in ("subspace", "linear") and dim > coded_numbers(dim, len(prompts), config.free)
+        more = {"free": config.free} if has_free else {"origin": "initial prompt"} if space == "random" else {}
+        used = ("subspace_seed",) * has_free if space == "linear" else ("subspace_seed", "inner")
+        about = {name: v for name, v in asdict(config).items() if name != "free" and (space == "subspace" or name in used)}
+        header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **more)
         learned = space == "subspace" and config.lm_loss
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
@@ -253,10 +255,8 @@ class Experiment(Context):
         def why_not(subspace: Result) -> str:
             if not subspace.header["prompts"].keys() <= seen:
                 return "another split's tasks"
-            header = subspace.header
-            for name, value in _version(header["space"], header["dim"], len(header["prompts"])).items():
-                if header.get(name) != value:
-                    return f"another {name}, as older versions made them"
+            if subspace.header["space"] == "random" and "origin" not in subspace.header:
+                return "another origin, random ones of older versions"
             return "" if all(subspace.inputs) else "soft prompts that are gone"
 
         return self._used(found, why_not)
@@ -330,19 +330,13 @@ class Experiment(Context):
         return [s for s in self.scores(prompts, subspaces, vectors) if task in ("", s.header["task"])]
 
 
-def _version(space: str, dim: int, n_tasks: int) -> dict[str, Any]:
-    """Return what headers of subspaces say that older versions made otherwise."""
-    if space == "random":
-        return {"origin": "initial prompt"}
-    return {"free": FREE} if space in ("subspace", "linear") and dim > coded_numbers(dim, n_tasks) else {}
-
-
 def differences(subspaces: Iterable[Result]) -> dict[str, str]:
     """Return name -> what tells a subspace from others of its space and dim, in words; nothing where there is one of each."""
     groups: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for header, name in ((subspace.header, subspace.name) for subspace in subspaces):
         collection = f"{len(header['prompts'])} tasks, prompts {digest(header['prompts'])[:8]}"
-        groups.setdefault((header["space"], header["dim"]), {})[name] = header["config"] | {"collection": collection}
+        about = header["config"] | {"free": header.get("free", 0), "collection": collection}
+        groups.setdefault((header["space"], header["dim"]), {})[name] = about
     told = dict[str, str]()
     for group in (group for group in groups.values() if len(group) > 1):
         varying = [field for field in next(iter(group.values())) if len({str(own[field]) for own in group.values()}) > 1]

@@ -91,19 +91,23 @@ def _learned(x: Context, result: Result, after_step: AfterStep, done: float) -> 
     rows = [x.encoded(choice[0].header["task"], COLLECTION_SEED)[0] for choice in result.inputs]
     space, record = fit_subspace(
         x.backbone, x.prompts(result.inputs), x.prompt_space.initial_prompt, rows, result.header["dim"],
-        SubspaceConfig(**result.header["config"]), unfinished=x.store.unfinished(result),
+        _config(result), unfinished=x.store.unfinished(result),
         on_step=lambda fit: after_step(lambda: {result: state} if (state := fit.state()) else {}, done + fit.step),
     )  # fmt: skip
     return Made(result, {"unit": space.unit} | record, space.weights)
 
 
+def _config(subspace: Result) -> SubspaceConfig:
+    return SubspaceConfig(**subspace.header["config"], free=subspace.header.get("free", 0.0))
+
+
 def _unlearned(x: Context, result: Result) -> Made:
     """Make a space that needs no learning."""
     initial, kind, dim = x.prompt_space.initial_prompt, result.header["space"], result.header["dim"]
-    prompts, config = x.prompts(result.inputs), SubspaceConfig(**result.header["config"])
+    prompts, config = x.prompts(result.inputs), _config(result)
     seed = config.subspace_seed
     if kind == "linear":
-        space = linear_space(prompts, initial, dim=dim, seed=seed)
+        space = linear_space(prompts, initial, dim=dim, free=config.free, seed=seed)
     elif kind == "low-rank":
         space = low_rank_space(initial, unit=x.prompt_space.unit, dim=dim, seed=seed)
     else:

@@ -13,8 +13,6 @@ from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 from intrinsic_prompt_tuning.passes import FEW
 
-FREE = 0.5
-"""How far free numbers move a prompt together, in units (chosen on validation rows of the testbed, of 0.25, 0.5 and 1)."""
 SpaceKind = Literal["prompt", "subspace", "linear", "random", "random-unscaled", "low-rank"]
 
 
@@ -127,29 +125,36 @@ def fair_space(space: Space, seed: int) -> Space:
     return replace(space, weights={**space.weights, **out})
 
 
-def coded_numbers(dim: int, n_prompts: int) -> int:
-    """Return how many of dim numbers are coordinates in what some prompts have in common; the others are free (`freed`)."""
-    return min(dim, max(1, n_prompts - 1))
+def coded_numbers(dim: int, n_prompts: int, free: float) -> int:
+    """Return how many of dim numbers are coordinates in what prompts differ in; the others are free, if they reach anywhere."""
+    return min(dim, max(1, n_prompts - 1)) if free else dim
 
 
-def freed(space: Space, dim: int, seed: int) -> Space:
+def freed(space: Space, dim: int, *, reach: float, seed: int) -> Space:
     """Return a space with as many free numbers more as make it dim numbers: each moves a prompt along a random direction.
 
     The prompts of n tasks differ in no more than n - 1 directions. What a new task needs beyond them, an auto-encoder of more
-    numbers does not hold either. Standard normal free numbers together move a prompt by `FREE` units (root mean square).
+    numbers does not hold either. Standard normal free numbers together move a prompt by `reach` units (root mean square).
     """
     n, free = space.initial_prompt.numel(), dim - space.dim
-    directions = torch.randn(n, free, generator=torch.Generator().manual_seed(seed)) * (FREE / math.sqrt(max(1, free)))
+    directions = torch.randn(n, free, generator=torch.Generator().manual_seed(seed)) * (reach / math.sqrt(max(1, free)))
     return replace(space, weights={**space.weights, "free.weight": directions.to(space.initial_prompt)}) if free else space
 
 
-def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, seed: int = 0) -> Space:
+def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, free: float = 0.5, seed: int = 0) -> Space:
     """Return the principal components of soft prompts (tasks, prompt_length, hidden), theta of unit variance; and free numbers.
+
+    Args:
+        soft_prompts: what it is made of.
+        initial_prompt: (prompt_length, hidden), the start that they share.
+        dim: how many numbers it has.
+        free: the reach of those that are free (see `freed`); 0: none is.
+        seed: of their directions.
 
     Raises:
         IptError: the prompts span fewer dimensions than are asked for.
     """
-    coded, unit = coded_numbers(dim, len(soft_prompts)), unit_of(soft_prompts, initial_prompt)
+    coded, unit = coded_numbers(dim, len(soft_prompts), free), unit_of(soft_prompts, initial_prompt)
     differences = (soft_prompts - initial_prompt).flatten(1) / unit
     mean = differences.mean(0)
     _, s, v = torch.linalg.svd(differences - mean, full_matrices=False)
@@ -161,7 +166,7 @@ def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, seed
     scale = s[:coded, None] / math.sqrt(len(soft_prompts))
     inward = v / scale
     weights = {"in.weight": inward, "in.bias": -inward @ mean, "out.weight": (v * scale).T, "out.bias": mean}
-    return freed(Space(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()}), dim, seed)
+    return freed(Space(initial_prompt, unit, {k: w.contiguous() for k, w in weights.items()}), dim, reach=free, seed=seed)
 
 
 def low_rank(initial_prompt: Tensor, dim: int) -> int:

@@ -718,22 +718,28 @@ def test_subspaces_of_other_tasks_or_of_prompts_that_are_gone_are_not_used_and_t
     assert told(other) == ["not used: 1 subspaces of soft prompts that are gone"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("random", "origin"), ("subspace", "free"), ("linear", "free")])
-def test_a_space_that_older_versions_made_otherwise_is_no_longer_used(x: Experiment, build: Build, kind: Any, name: str) -> None:
-    now = x.subspace(kind, 6, prompts := save_prompts(x))
-    before = Result({name_: value for name_, value in now.header.items() if name_ != name}, now.inputs)
+def test_a_random_space_of_an_older_cache_which_starts_elsewhere_is_no_longer_used(x: Experiment, build: Build) -> None:
+    now = x.subspace("random", 6, save_prompts(x))
+    before = Result({name: value for name, value in now.header.items() if name != "origin"}, now.inputs)
     space = untrained_space(x.prompt_space.initial_prompt, unit=2.5, dim=6, inner=13, seed=1)
     x.store.save(Made(before, {"unit": space.unit}, space.weights))
     other = build()
     assert other.found_subspaces() == []
-    assert told(other) == [f"not used: 1 subspaces of another {name}, as older versions made them"]
-    assert now.name != before.name
-    if kind == "subspace":
-        with pytest.raises(IptError, match="run 'ipt fit-subspace --dim 6'"):
-            other.choose_subspace(kind, 6, "")
-    else:
-        assert other.choose_subspace(kind, 6, "").name == now.name
-    assert "free" not in x.subspace(kind, 4, prompts).header, "no more numbers than the prompts of five tasks differ in"
+    assert told(other) == ["not used: 1 subspaces of another origin, random ones of older versions"]
+    assert other.choose_subspace("random", 6, "").name == now.name != before.name
+
+
+def test_a_space_with_free_numbers_and_one_without_are_told_apart(x: Experiment, build: Build) -> None:
+    """Those of older versions are without."""
+    prompts, paper = save_prompts(x), build(free=0.0)
+    one, two = save_subspace(x, prompts), save_subspace(paper, prompts)
+    assert one.header == two.header | {"free": 0.5}
+    with pytest.raises(
+        IptError, match=rf"{one.name[:8]} \(free 0\.5\).*{two.name[:8]} \(free 0\)|{two.name[:8]} \(free 0\).*{one.name[:8]}"
+    ):
+        x.choose_subspace("subspace", 6, "")
+    few = {build(free=free).subspace("subspace", 4, prompts).name for free in (0.0, 0.5, 1.0)}
+    assert len(few) == 1, "no more numbers than the prompts of five tasks differ in"
 
 
 @pytest.mark.parametrize("kind", ["subspace", "linear"])
@@ -745,6 +751,13 @@ def test_of_more_numbers_than_prompts_differ_in_the_rest_is_free(x: Experiment, 
         weights = x.space(subspace).weights
         assert (weights["free.weight"].shape, weights["in.weight"].shape) == ((48, 16), (4, 48))
     assert len({float(x.space(subspace).weights["free.weight"][0, 0]) for subspace in spaces}) == 2
+    paper = build(subspace_steps=2, free=0.0)
+    if kind == "subspace":
+        paper.make([whole := paper.subspace(kind, 20, prompts)])
+        assert "free.weight" not in paper.space(whole).weights and paper.space(whole).dim == 20
+    else:
+        with pytest.raises(IptError, match="the 5 prompts span 4 dimensions, not 20: use a smaller --dim"):
+            paper.make([paper.subspace(kind, 20, prompts)])
 
 
 def test_of_several_subspaces_one_must_be_named_and_what_differs_is_told(x: Experiment, build: Build) -> None:

@@ -116,16 +116,16 @@ def test_free_numbers_move_prompts_beside_what_the_others_do_and_no_prompt_has_a
     initial: Tensor, make: Callable[[Tensor], Space]
 ) -> None:
     plain, prompts = make(initial), collection(initial)
-    space = freed(plain, plain.dim + 30, seed=1)
-    assert space.dim == plain.dim + 30 and freed(plain, plain.dim, seed=1) is plain
+    space = freed(plain, plain.dim + 30, reach=0.7, seed=1)
+    assert space.dim == plain.dim + 30 and freed(plain, plain.dim, reach=0.7, seed=1) is plain
     vectors = space.project(prompts)
     assert torch.equal(vectors[:, : plain.dim], plain.project(prompts)) and not vectors[:, plain.dim :].any()
     torch.testing.assert_close(space.back_project(vectors), plain.back_project(plain.project(prompts)))
     free = torch.randn(1000, 30, generator=torch.Generator().manual_seed(99))
     moved = space.back_project(torch.cat([vectors[:1, : plain.dim].expand(1000, -1), free], dim=1))
-    assert unit_of(moved, space.back_project(vectors[:1])[0]) == pytest.approx(0.5 * space.unit, rel=0.1)
+    assert unit_of(moved, space.back_project(vectors[:1])[0]) == pytest.approx(0.7 * space.unit, rel=0.1)
     assert torch.linalg.matrix_rank(moved[:40].flatten(1) - moved[0].flatten(), rtol=1e-4) == 30
-    again, other = (freed(plain, plain.dim + 30, seed=seed) for seed in (1, 2))
+    again, other = (freed(plain, plain.dim + 30, reach=0.7, seed=seed) for seed in (1, 2))
     assert torch.equal(again.back_project(vectors + 1), space.back_project(vectors + 1))
     assert not torch.equal(other.back_project(vectors + 1), space.back_project(vectors + 1))
 
