@@ -33,7 +33,7 @@ class SubspaceConfig:
     reconstruction_loss: Annotated[bool, TUNING("Learn to reconstruct the prompts.")] = True
     noise: Annotated[float, TUNING("Standard deviation of noise on intrinsic vectors while learning.", least=0)] = 0.2
     """Makes the subspace smooth between the tasks. The vectors' own standard deviation grows to about two."""
-    free: Annotated[float, TUNING("How far numbers reach that the prompts do not span; 0: as in the paper.", least=0)] = 0.5
+    free: Annotated[float, TUNING("How far directions beyond the prompts' own reach; 0: none.", least=0)] = 0.5
     """In units of the prompts (see `freed`); chosen on validation rows of the testbed, of 0.25, 0.5 and 1."""
     subspace_seed: Annotated[int, TUNING("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1)] = 0
     inner: int = 768

@@ -137,8 +137,10 @@ def freed(space: Space, dim: int, *, reach: float, seed: int) -> Space:
     numbers does not hold either. Standard normal free numbers together move a prompt by `reach` units (root mean square).
     """
     n, free = space.initial_prompt.numel(), dim - space.dim
-    directions = torch.randn(n, free, generator=torch.Generator().manual_seed(seed)) * (reach / math.sqrt(max(1, free)))
-    return replace(space, weights={**space.weights, "free.weight": directions.to(space.initial_prompt)}) if free else space
+    if not free:
+        return space
+    directions = torch.randn(n, free, generator=torch.Generator().manual_seed(seed)) * (reach / math.sqrt(free))
+    return replace(space, weights={**space.weights, "free.weight": directions.to(space.initial_prompt)})
 
 
 def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, free: float = 0.5, seed: int = 0) -> Space:
