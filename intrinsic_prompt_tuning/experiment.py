@@ -73,18 +73,18 @@ class Experiment(Context):
         config, n = self.fitting, self.prompt_space.dim
         prompts = dict(sorted(prompts.items()))  # as a header that was written and read has them
         collection = {task: names(choice) for task, choice in prompts.items()}
-        # What older versions made otherwise, or without, and what has no free numbers, keeps its name.
-        has_free = space in ("subspace", "linear") and dim > coded_numbers(dim, len(prompts), config.free)
-        more = {"free": config.free} if has_free else {"origin": "initial prompt"} if space == "random" else {}
-        used = ("subspace_seed",) * has_free if space == "linear" else ("subspace_seed", "inner")
+        # A space without free numbers has the name that it had before there were any.
+        coded = coded_numbers(dim, len(prompts), config.free) if space in ("subspace", "linear") else dim
+        more = {"free": config.free} if coded < dim else {"origin": "initial prompt"} if space == "random" else {}
+        used = ("subspace_seed",) * (coded < dim) if space == "linear" else ("subspace_seed", "inner")
         about = {name: v for name, v in asdict(config).items() if name != "free" and (space == "subspace" or name in used)}
         header = self.header("subspace", space=space, dim=dim, prompts=collection, config=about, **more)
         learned = space == "subspace" and config.lm_loss
         rows = config.subspace_steps * min(config.tasks_per_step, len(prompts)) * config.rows_per_task * learned
         length = fmean(self.row_tokens(self.sample(task, COLLECTION_SEED).train) for task in prompts) if rows else 0
         steps = config.steps_before + config.subspace_steps if space == "subspace" else 0
-        sizes = {"linear": 2 * n * dim, "low-rank": low_rank(self.prompt_space.initial_prompt, dim) * self.backbone.hidden}
-        size = 4 * sizes.get(space, n * (dim + config.inner) + dim * config.inner)
+        sizes = {"linear": n * (dim + coded), "low-rank": low_rank(self.prompt_space.initial_prompt, dim) * self.backbone.hidden}
+        size = 4 * sizes.get(space, n * (dim + config.inner) + coded * config.inner)
         return Result(header, tuple(prompts.values()), Cost(rows, 0, rows * length, size, steps))
 
     def _numbers(self, space: SpaceKind, dim: int) -> int:

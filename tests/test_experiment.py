@@ -837,9 +837,10 @@ def test_a_rate_that_is_given_twice_is_one(build: Build) -> None:
     assert [result.header["learning_rate"] for result in choice] == [0.3, 0.1]
 
 
+@pytest.mark.parametrize("dim", [4, 40])
 @pytest.mark.parametrize("kind", ["subspace", "linear", "low-rank", "random"])
-def test_a_plan_tells_about_how_large_the_file_of_a_space_will_be(x: Experiment, kind: Any) -> None:
-    space = x.subspace(kind, 4, save_prompts(x))
+def test_a_plan_tells_about_how_large_the_file_of_a_space_will_be(x: Experiment, kind: Any, dim: int) -> None:
+    space = x.subspace(kind, dim, save_prompts(x))
     x.make([space])
     assert 0 < x.store.path(space).stat().st_size - space.cost.size < 8000  # a header, biases
 
