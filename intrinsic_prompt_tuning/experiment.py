@@ -339,6 +339,7 @@ def differences(subspaces: Iterable[Result]) -> dict[str, str]:
         groups.setdefault((header["space"], header["dim"]), {})[name] = about
     told = dict[str, str]()
     for group in (group for group in groups.values() if len(group) > 1):
-        varying = [field for field in next(iter(group.values())) if len({str(own[field]) for own in group.values()}) > 1]
-        told |= {name: ", ".join(f"{field} {own[field]}" for field in varying) for name, own in group.items()}
+        fields = dict.fromkeys(itertools.chain(*group.values()))  # a linear space has a seed where it has free numbers alone
+        varying = [field for field in fields if len({str(own.get(field)) for own in group.values()}) > 1]
+        told |= {name: ", ".join(f"{field} {own[field]}" for field in varying if field in own) for name, own in group.items()}
     return told

@@ -33,8 +33,8 @@ class SubspaceConfig:
     reconstruction_loss: Annotated[bool, TUNING("Learn to reconstruct the prompts.")] = True
     noise: Annotated[float, TUNING("Standard deviation of noise on intrinsic vectors while learning.", least=0)] = 0.2
     """Makes the subspace smooth between the tasks. The vectors' own standard deviation grows to about two."""
-    free: Annotated[float, TUNING("How far directions beyond the prompts' own reach; 0: none.", least=0)] = 0.5
-    """In units of the prompts (see `freed`); chosen on validation rows of the testbed, of 0.25, 0.5 and 1."""
+    free: Annotated[float, TUNING("How far numbers beyond what prompts span move one; 0: none do.", least=0)] = 0.5
+    """In units of the prompts (see `freed`); 0.5 and 1 score alike on validation rows of the testbed."""
     subspace_seed: Annotated[int, TUNING("Of its first weights, and of what it learns from.", least=0, most=2**32 - 1)] = 0
     inner: int = 768
     """Width of the layer behind the intrinsic vector (the paper's d')."""
@@ -62,9 +62,10 @@ class SubspaceFit:
     Adafactor keeps next to nothing beside the weights, where Adam keeps two more copies; it learned better, too.
     """
 
-    def __init__(self, space: Space, config: SubspaceConfig) -> None:
-        """Begin with an untrained subspace."""
-        self.space, self.config, self.step, self.total = space, config, 0, config.steps_before + config.subspace_steps
+    def __init__(self, space: Space, config: SubspaceConfig, dim: int) -> None:
+        """Begin with an untrained subspace; `dim` is what it will have with its free numbers."""
+        self.space, self.config, self.dim = space, config, dim
+        self.step, self.total = 0, config.steps_before + config.subspace_steps
         self.optimizer = torch.optim.Adafactor([weight.requires_grad_() for weight in space.weights.values()])
         self.lm_loss = torch.tensor(math.nan)
         """Mean LM loss per target token at the last step, on the backbone's device; nan where it is off."""
@@ -102,7 +103,7 @@ class SubspaceFit:
         taken, total, self._updating = self.step, self.total, True
         if not loss.isfinite():
             raise IptError(
-                f"dim {self.space.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or --precision fp32"
+                f"dim {self.dim}: the loss is not finite at step {taken + 1}: use a smaller --alpha, or --precision fp32"
             )
         rate = min(1, (taken + 1) / 50, 2 * (total - taken) / total)
         self.optimizer.param_groups[0]["lr"] = self.config.subspace_learning_rate * rate
@@ -144,7 +145,7 @@ def fit_subspace(
     check_dim(dim, initial_prompt)
     unit, inner, seed = unit_of(soft_prompts, initial_prompt), config.inner, config.subspace_seed
     coded = coded_numbers(dim, len(soft_prompts), config.free)
-    fit = SubspaceFit(untrained_space(initial_prompt, unit=unit, dim=coded, inner=inner, seed=seed), config)
+    fit = SubspaceFit(untrained_space(initial_prompt, unit=unit, dim=coded, inner=inner, seed=seed), config, dim)
     if unfinished:
         fit.restore(unfinished)
     on_step(fit)

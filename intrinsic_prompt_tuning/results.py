@@ -304,7 +304,7 @@ def label(stage: Sequence[Result]) -> str:
     """Return what to call results that are made together."""
     header = stage[0].header
     about = f" ({header['space']}, dim {header['dim']})" if "subspace" in header and "tuning" in header else ""
-    about += " (from the nearest)" * (header.get("start") == "nearest")
+    about += " (from the nearest)" * (stage[0].kind == "soft-prompt" and header.get("start") == "nearest")
     return f"{stage[0].kind.replace('-', ' ')}s{about}"
 
 

@@ -29,9 +29,9 @@ class Space:
     unit: float
     """What one is in a difference: root mean square of the embeddings, or of the collected prompts' differences."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """in.weight (dim, n), in.bias (dim), hidden.weight (inner, dim), hidden.bias, out.weight (n, inner), out.bias, where n is
-    prompt_length * hidden; in a linear space out.weight is (n, dim). Of free numbers, the last ones, there is free.weight
-    (n, free), and dim is less by as many. In a low-rank space there is only basis (rank, hidden)."""
+    """in.weight (code, n), in.bias (code), hidden.weight (inner, code), hidden.bias, out.weight (n, inner), out.bias, where n is
+    prompt_length * hidden, and code is dim but for free numbers, the last ones, which have free.weight (n, free). In a linear
+    space out.weight is (n, code). In a low-rank one there is only basis (rank, hidden)."""
 
     @property
     def dim(self) -> int:
@@ -58,7 +58,7 @@ class Space:
             products = _product(z.reshape(len(theta) * length, -1), self.weights["basis"].T).view(-1, length, hidden)
             differences = torch.addcmul(b[:, None], products, 1 + s[:, None])
         elif self.weights:
-            code, free = theta.split([self.dim - self._n_free, self._n_free], dim=1)
+            code, free = (part.contiguous() for part in theta.split([self.dim - self._n_free, self._n_free], dim=1))
             inner = torch.tanh(self._linear(code, "hidden")) if "hidden.weight" in self.weights else code
             differences = self._linear(inner, "out")
             if self._n_free:
@@ -110,7 +110,7 @@ def untrained_space(initial_prompt: Tensor, *, unit: float, dim: int, inner: int
 
 
 def fair_space(space: Space, seed: int) -> Space:
-    """Return an untrained space as a fair rival: zero is the initial prompt, and it reaches as far as a learned space.
+    """Return an untrained space as a fair rival: zero is the initial prompt, and it reaches as far as the code of a learned one.
 
     An untrained one's biases move the prompt away from where prompt tuning starts, the more the fewer numbers there are: its
     last bias takes that back. A learned one maps vectors of root mean square one (its own code's) to differences of about one
@@ -133,8 +133,8 @@ def coded_numbers(dim: int, n_prompts: int, free: float) -> int:
 def freed(space: Space, dim: int, *, reach: float, seed: int) -> Space:
     """Return a space with as many free numbers more as make it dim numbers: each moves a prompt along a random direction.
 
-    The prompts of n tasks differ in no more than n - 1 directions. What a new task needs beyond them, an auto-encoder of more
-    numbers does not hold either. Standard normal free numbers together move a prompt by `reach` units (root mean square).
+    The prompts of n tasks differ in no more than n - 1 directions. Of what a new task needs beyond those, they teach an
+    auto-encoder of more numbers nothing. Standard normal free numbers together move a prompt by `reach` units (root mean square).
     """
     n, free = space.initial_prompt.numel(), dim - space.dim
     if not free:
@@ -143,7 +143,7 @@ def freed(space: Space, dim: int, *, reach: float, seed: int) -> Space:
     return replace(space, weights={**space.weights, "free.weight": directions.to(space.initial_prompt)})
 
 
-def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, free: float = 0.5, seed: int = 0) -> Space:
+def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, free: float = 0.0, seed: int = 0) -> Space:
     """Return the principal components of soft prompts (tasks, prompt_length, hidden), theta of unit variance; and free numbers.
 
     Args:
@@ -161,6 +161,8 @@ def linear_space(soft_prompts: Tensor, initial_prompt: Tensor, *, dim: int, free
     mean = differences.mean(0)
     _, s, v = torch.linalg.svd(differences - mean, full_matrices=False)
     n_components = int((s > 1e-4 * s[0]).sum())
+    if coded < dim and n_components:  # free numbers stand in for components that are not there
+        coded = min(coded, n_components)
     if coded > n_components:
         raise IptError(f"the {len(soft_prompts)} prompts span {n_components} dimensions, not {coded}: use a smaller --dim")
     # Libraries disagree about the sign of a component: here its largest entry is positive.

@@ -81,10 +81,12 @@ def warm_starts(x: Experiment, start: str, tasks: Sequence[str], data_seed: int,
         told = "expected subspace, nearest, a task, or a file that is there"
         raise IptError(f"--start is '{start}', {told}{nearest(start, x.tasks)}")
     x.starts |= {own.result.name: own.soft_prompt for own in found.values()}
-    names = {task: own.result.name for task, own in found.items()}
+    about = {task: {"start": start, "start_prompt": own.result.name} for task, own in found.items()}
+    if start in x.tasks:
+        return about
     # The table tells apart what started from vectors of several subspaces, or from several files.
-    of = {task: own.result.header.get("subspace", names[task]) for task, own in found.items()}
-    return {task: {"start": start, "start_prompt": names[task], "collection": of[task]} for task in found}
+    of = {task: own.result.header["subspace"] if start == "subspace" else own.result.name for task, own in found.items()}
+    return {task: {**own, "collection": of[task]} for task, own in about.items()}
 
 
 @dataclass(frozen=True)

@@ -857,6 +857,15 @@ def test_a_space_that_needs_no_learning_is_described_where_the_cache_has_none(x:
         x.choose_subspace("linear", 3, "abcd")
 
 
+def test_linear_spaces_of_which_one_has_free_numbers_are_told_apart(x: Experiment) -> None:
+    prompts = x.soft_prompts(x.named("seen"))
+    of_all = x.subspace("linear", 4, prompts)
+    of_few = x.subspace("linear", 4, {task: prompts[task] for task in ("mood-good", "count-next", "animal-class")})
+    for spaces in ((of_all, of_few), (of_few, of_all)):
+        told = differences(spaces)
+        assert "free 0.5" in told[of_few.name] and "free 0," in told[of_all.name]
+
+
 def test_what_tells_subspaces_apart_is_settings_or_the_prompts_that_they_are_of(x: Experiment, build: Build) -> None:
     prompts = x.soft_prompts(x.named("seen"))
     some = {task: choice for task, choice in prompts.items() if task != "count-next"}

@@ -18,6 +18,7 @@ import yaml
 from test_causal import save_model
 
 from intrinsic_prompt_tuning import Experiment
+from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.tasks import Task, World
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -201,6 +202,11 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
     first, second, of_two, third, of_three = map(float, means)
     assert learned[3] == "3" and of_two == pytest.approx((first + second) / 2, abs=1e-3)
     assert of_three == pytest.approx((first + second + third) / 3, abs=1e-3)
+    testbed.grids(tmp_path)
+    printed = capsys.readouterr().out
+    assert pairs_of(printed)[1] == {"8"}
+    rates = {read_file(path)[0]["learning_rate"] for path in tmp_path.glob("*/intrinsic-vectors/*")}
+    assert rates == {0.1, 0.3, 1.0} and "T_test(warm start), nearest" in printed
     for seed in range(3):
         files = sorted(tmp_path.glob(f"fold-{seed}-*.yaml"))
         unseen = [yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"] for file in files]

@@ -43,6 +43,8 @@ def made(shared_options: list[object], tmp_path_factory: pytest.TempPathFactory)
         ("collect", *SHORT),
         ("fit-subspace", "--dim", 4, "--subspace-steps", 3),
         ("tune", "--unseen", "--dim", 4, *SHORT),
+        ("fit-subspace", "--dim", 9, "--subspace-steps", 3),
+        ("tune", "--task", "day-then-count", "--dim", 9, *SHORT),
         *(("tune", "--task", "day-then-count", "--dim", 4, *SHORT, "--space", space) for space in ("linear", "low-rank")),
         ("eval",),
     ):
@@ -109,6 +111,19 @@ def test_a_subspace_tells_its_tasks_spectrum_and_unexplained_share(made: tuple[P
     for share, count in about["directions with so much of the squares"].items():
         part = float(share.removesuffix(" %")) / 100
         assert held[count - 1] >= part and (count == 1 or held[count - 2] < part)
+
+
+def test_a_space_with_free_numbers_has_a_spectrum_too_and_they_are_tuned(made: tuple[Path, Cli], tmp_path: Path) -> None:
+    path = one(made[0], "*/subspaces/9-*")
+    about, (header, _, weights) = shown(made[1], path), read_file(path)
+    assert len(about["singular values"]) == header["dim"] == 9 and min(about["singular values"]) > 0
+    assert header["free"] == 0.5 and weights["free.weight"].shape == (48, 5)
+    (vector,) = (p for p in made[0].glob("*/intrinsic-vectors/day-then-count-*") if read_file(p)[0]["dim"] == 9)
+    assert read_file(vector)[2]["intrinsic_vector"][4:].abs().min() > 0.1, "N(0, 0.02) at the start"
+    other = ("fit-subspace", "--dim", 9, "--subspace-steps", 3, "--free", 0)
+    assert made[1](*other, "--cache", shutil.copytree(made[0], tmp_path / "cache")).code == 0
+    paper = next(p for p in (tmp_path / "cache").glob("*/subspaces/9-*") if p.name != path.name)
+    assert "free.weight" not in read_file(paper)[2] and "free" not in read_file(paper)[0]
 
 
 def test_an_exported_prompt_has_the_words_of_the_collected_one(made: tuple[Path, Cli], tmp_path: Path) -> None:

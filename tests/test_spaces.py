@@ -171,7 +171,9 @@ def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: 
     with pytest.raises(IptError, match="smaller --dim"):
         linear_space(collection(initial, 80, rank=40), initial, dim=49)
     few = collection(initial, 5, rank=40)
-    assert linear_space(few, initial, dim=9).weights.keys() - linear_space(few, initial, dim=4).weights.keys() == {"free.weight"}
+    for prompts, coded in ((few, 4), (torch.cat([few, few]), 4), (few[:2], 1)):  # such as prompts that were imported twice
+        space = linear_space(prompts, initial, dim=12, free=0.5)
+        assert (space.dim, len(space.weights["in.bias"]), space.weights["free.weight"].shape[1]) == (12, coded, 12 - coded)
 
 
 def test_prompts_that_repeat_themselves_span_fewer_dimensions_and_that_is_said(initial: Tensor) -> None:

@@ -19,7 +19,7 @@ from intrinsic_prompt_tuning.backbone import Backbone, load_backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.metrics import accuracy
 from intrinsic_prompt_tuning.passes import FEW, Budget
-from intrinsic_prompt_tuning.spaces import Space, fair_space, low_rank_space, untrained_space
+from intrinsic_prompt_tuning.spaces import Space, fair_space, freed, low_rank_space, untrained_space
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, Example, Task, load_tasks
 from intrinsic_prompt_tuning.tuning import Job, JobTable, TuneConfig, Tuned, prompt_losses, tune
 
@@ -91,12 +91,17 @@ def few_is_more_here() -> bool:
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernels of other CPUs round in ways not measured"
 )
 @pytest.mark.skipif(few_is_more_here(), reason="this CPU rounds products of few rows in another way, and of more rows than FEW")
-@pytest.mark.parametrize(("kind", "dim"), [("prompt", 1024), ("random", 10), ("random", 250), ("low-rank", 264)])
+@pytest.mark.parametrize(
+    ("kind", "dim"), [("prompt", 1024), ("random", 10), ("random", 250), ("low-rank", 264), ("free", 250), ("free", 104)]
+)
 def test_on_the_testbed_neighbours_and_pass_sizes_change_no_bit(kind: str, dim: int) -> None:
     backbone, tasks = load_backbone("testbed"), load_tasks(TASKS_FILE)
     space = Space(backbone.initial_prompt(8, seed=0), backbone.embedding_rms)
     if kind == "random":
         space = fair_space(untrained_space(space.initial_prompt, unit=0.5 * space.unit, dim=dim, inner=768, seed=0), seed=0)
+    elif kind == "free":
+        space = untrained_space(space.initial_prompt, unit=0.5 * space.unit, dim=99, inner=768, seed=0)
+        space = freed(fair_space(space, seed=0), dim, reach=0.5, seed=0)
     elif kind == "low-rank":
         space = low_rank_space(space.initial_prompt, unit=space.unit, dim=dim, seed=0)
     # Inputs of 12 to 25 tokens, answers of 2 to 3, one word of several.
