@@ -30,7 +30,7 @@ from intrinsic_prompt_tuning.metrics import METRICS
 from intrinsic_prompt_tuning.passes import Budget
 from intrinsic_prompt_tuning.results import Choice, Cost, Made, Result, stages
 from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS, settled
-from intrinsic_prompt_tuning.spaces import linear_space, unit_of, untrained_space
+from intrinsic_prompt_tuning.spaces import freed, linear_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample, load_tasks
 from intrinsic_prompt_tuning.tuning import TuneConfig
 from intrinsic_prompt_tuning.using import tuned_prompts
@@ -279,7 +279,7 @@ def test_a_subspace_s_name_changes_with_its_kind_dim_configuration_and_prompts(x
         value = getattr(SubspaceConfig(), field.name)
         config = SubspaceConfig(**{field.name: not value if isinstance(value, bool) else value + 1})
         names.append(Experiment(x.given | dataclasses.asdict(config)).subspace("subspace", 6, prompts).name)
-    assert len(set(names)) == len(names) == 8 + 11
+    assert len(set(names)) == len(names) == 8 + 12
 
 
 def test_a_space_that_needs_no_learning_does_not_change_with_how_others_learn(x: Experiment, build: Build) -> None:
@@ -383,7 +383,8 @@ def test_a_subspace_s_cost_counts_the_rows_of_the_tasks_loss_and_its_weights(bui
 
     assert (cost().trained, cost().answered) == (7 * 5 * 4, 0)
     assert 0 < cost().tokens / cost().trained < 30
-    weights = untrained_space(build().prompt_space.initial_prompt, unit=1, dim=6, inner=768, seed=0).weights.values()
+    space = untrained_space(build().prompt_space.initial_prompt, unit=1, dim=4, inner=768, seed=0)
+    weights = freed(space, 6, reach=0.5, seed=0).weights.values()
     assert cost().size == pytest.approx(4 * sum(weight.numel() for weight in weights), rel=0.05)
     assert dataclasses.replace(cost(lm_loss=False), size=0) == Cost(steps=cost().steps)
     assert dataclasses.replace(cost("random"), size=0) == Cost()
@@ -1135,11 +1136,12 @@ def test_a_header_without_a_field_or_with_one_of_another_type_is_told_and_never_
     path = x.store.path(whole)
     header, record, tensors = read_file(path)
     path.unlink()
-    wrong: list[dict[str, Any]] = [{k: v for k, v in header.items() if k != name} for name in header]
+    needed = [name for name in header if name != "free"]
+    wrong: list[dict[str, Any]] = [{k: v for k, v in header.items() if k != name} for name in needed]
     odd = (None, {"a": 5}, [[]], "x", 5)
     wrong += [
         header | {k: v}
-        for k in header
+        for k in needed
         for v in odd
         if type(v) is not type(header[k]) and {type(v), type(header[k])} != {int, float}
     ]

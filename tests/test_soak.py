@@ -238,7 +238,7 @@ def test_of_two_subspaces_the_one_that_was_stopped_goes_on_or_begins_anew_where_
     taken, step = list[tuple[int, int]](), finding._fit_step
 
     def counted(*arguments: Any) -> None:
-        taken.append((arguments[1].space.dim, arguments[1].step))
+        taken.append((arguments[1].dim, arguments[1].step))
         if len(taken) == 304:
             signal.raise_signal(signal.SIGINT)
         step(*arguments)
