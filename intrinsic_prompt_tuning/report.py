@@ -135,10 +135,8 @@ def rows_text(rows: Sequence[Mapping[str, Any]], wide: bool) -> str:
     cells = []
     for row in rows:
         told = {**row, "subspace": row["subspace"] and row["subspace"][:8], "e_rel": _figure_text(row, "e_rel")}
-        gain, means = (
-            _figure_text(row, "gain") if wide else row["gain"],
-            f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}",
-        )
+        gain = _figure_text(row, "gain") if wide else row["gain"]
+        means = f"{row['mean_score']:.3f} / {row['mean_prompt_tuning']:.3f}"
         cells.append([*(told[name] for name in shown), gain, means])
     names = [*(heads.get(name, name.replace("_", " ")) for name in shown), "gain", "mean / prompt tuning"]
     return table_text("|".join(names), cells) if rows else ""
