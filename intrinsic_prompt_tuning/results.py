@@ -30,7 +30,7 @@ UNFINISHED = ".unfinished"
 ABOUT: Any = {"task": str, "data_seed": int, "metric": str, "data": str}
 TUNED: Any = ABOUT | {"tuning": dict[str, Any], "learning_rate": int | float}
 VECTOR: Any = {"space": str, "dim": int, "start": str, "subspace": str}
-SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any]}
+SUBSPACE: Any = {"space": str, "dim": int, "prompts": dict[str, list[str]], "config": dict[str, Any], "free": int | float | None}
 FIELDS = {"soft-prompt": TUNED, "intrinsic-vector": TUNED | VECTOR, "subspace": SUBSPACE}
 """Kind -> what a header holds beside what all headers do, and of which types."""
 RECORDED = {"subspace": ("unit",), "score": ("score", "n")}

@@ -127,9 +127,8 @@ def bare(side: tuple, steps: int) -> None:
     model, embed = backbone.model, backbone.model.get_input_embeddings()
     prompt = space.initial_prompt.to(next(model.parameters()).dtype)
     for number in range(steps):
-        rows = [
-            train[row] for train, _ in (job.rows for job in table.jobs) for row in minibatch(len(train), config.batch_size, 100, number)
-        ]  # fmt: skip
+        drawn = ((job.rows[0], minibatch(len(job.rows[0]), config.batch_size, 100, number)) for job in table.jobs)
+        rows = [train[row] for train, which in drawn for row in which]
 
         def work(numbers: list[int], rows: list[Encoded] = rows) -> None:
             ids, real = padded([rows[n].input_ids for n in numbers], backbone.device, before=len(prompt))

@@ -167,9 +167,13 @@ def test_the_signs_of_the_linear_space_do_not_depend_on_those_of_the_svd(
         assert torch.equal(plain.project(prompts), other.project(prompts))
 
 
-def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: Tensor) -> None:
+@pytest.mark.parametrize(("tasks", "dim"), [(5, 5), (80, 49)])
+def test_the_linear_space_has_no_more_dimensions_than_its_prompts_have(initial: Tensor, tasks: int, dim: int) -> None:
     with pytest.raises(IptError, match="smaller --dim"):
-        linear_space(collection(initial, 80, rank=40), initial, dim=49)
+        linear_space(collection(initial, tasks, rank=40), initial, dim=dim)
+
+
+def test_free_numbers_stand_in_for_components_that_are_not_there(initial: Tensor) -> None:
     few = collection(initial, 5, rank=40)
     for prompts, coded in ((few, 4), (torch.cat([few, few]), 4), (few[:2], 1)):  # such as prompts that were imported twice
         space = linear_space(prompts, initial, dim=12, free=0.5)

@@ -231,7 +231,8 @@ def kinds(cache: Path) -> None:
 def ablations(cache: Path) -> None:
     """One thing changed at a time, at dims 250 and 10, on both challenges."""
     changes: list[dict[str, Any]] = [
-        {}, {"free": 0.0}, {"lm_loss": False}, {"reconstruction_loss": False}, {"noise": 0.0}, {"alpha": 1.0}, {"alpha": 100.0}, {"inner": 128},
+        {}, {"free": 0.0}, {"lm_loss": False}, {"reconstruction_loss": False}, {"noise": 0.0}, {"alpha": 1.0}, {"alpha": 100.0},
+        {"inner": 128},
     ]  # fmt: skip
     for change in changes:
         x = experiment(cache, **change)
