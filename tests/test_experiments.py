@@ -207,6 +207,12 @@ def test_the_testbed_pools_splits_in_which_other_tasks_are_unseen(
     assert pairs_of(printed)[1] == {"8"}
     rates = {read_file(path)[0]["learning_rate"] for path in tmp_path.glob("*/intrinsic-vectors/*")}
     assert rates == {0.1, 0.3, 1.0} and "T_test(warm start), nearest" in printed
+    spaces = sorted(tmp_path.glob("*/subspaces/*"))
+    monkeypatch.setattr(testbed, "SHOTS", (2,))
+    testbed.shots(tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 rows per label") and pairs_of(printed)[1] == {"8"}
+    assert spaces == sorted(tmp_path.glob("*/subspaces/*")), "the spaces are those of prompts with all their rows"
     for seed in range(3):
         files = sorted(tmp_path.glob(f"fold-{seed}-*.yaml"))
         unseen = [yaml.safe_load(file.read_text(encoding="utf-8"))["unseen"] for file in files]

@@ -5,9 +5,9 @@
     python tests/experiments/testbed.py seeds --cache DIR         # three runs with other seeds, and what is above what
     python tests/experiments/testbed.py folds --cache DIR         # each of the 80 tasks that compose unseen once, starts near by
     python tests/experiments/testbed.py grids --cache DIR         # after it: three learning rates a task on every side
+    python tests/experiments/testbed.py shots --cache DIR         # Fig 5: likewise, by rows per label of the new task
     python tests/experiments/testbed.py nearby --cache DIR        # known tasks: starts near by, and prompts of the other rows
     python tests/experiments/testbed.py seen --cache DIR          # Fig 6: by the number of seen tasks
-    python tests/experiments/testbed.py shots --cache DIR         # Fig 5: by rows per label of the new task
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
     python tests/experiments/testbed.py ablations --cache DIR     # without each loss, without noise, other weights
     python tests/experiments/testbed.py stability --cache DIR     # Table 2: ten runs of each task, and two-stage
@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from shared import Spaces, averaged, every, pairs_text, pooled, pooled_text, reported, splits_drawn, with_rates, write_split
+from shared import Spaces, averaged, every, pairs_text, pooled, pooled_text, reported, splits_drawn, write_split
 
 import ipt
 from intrinsic_prompt_tuning import Experiment
@@ -51,6 +51,7 @@ DIMS = (250, 10, 50, 100, 25, 5)
 SEEDS_SPACES: Spaces = (("subspace", 250), ("random", 250), ("low-rank", 250), ("subspace", 10))
 FOLD_SPACES: Spaces = (*SEEDS_SPACES, ("low-rank", 500), ("linear", 99), ("linear", 250))
 """With low-rank prompts of a rank above one, and all that is linear in 100 prompts, also with free numbers."""
+SHOTS = (4, 8, 16, 32, 64)
 
 
 def experiment(cache: Path, **given: Any) -> Experiment:
@@ -111,49 +112,52 @@ def seeds(cache: Path) -> None:
 
 def folds(cache: Path) -> None:
     """Each task that composes two parts is unseen once, in four splits, in three runs with other splits and seeds."""
-    runs = list[list[dict[str, Any]]]()
-    for seed in range(3):
-        runs.append([])
-        for x in fold_experiments(cache, seed):
-            runs[-1] += scores_of_unseen(x)
-            ipt.echo(pooled_text(runs[-1]))
-        if seed:
-            ipt.echo(spread_text(spread([*map(pooled, runs)])) + "means over the runs\n\n" + pooled_text(averaged(runs)))
-
-
-def fold_experiments(cache: Path, seed: int) -> list[Experiment]:
-    """Return an experiment for each of four splits that a seed draws, with a random space of its own."""
-    whole = experiment(cache)
-    tasks = [task for task in whole.roles if not whole.task(task).pretrained]
-    splits = splits_drawn(cache, tasks, [*whole.roles], seed)
-    return [experiment(cache, split=str(split), seed=seed, subspace_seed=4 * seed + n) for n, split in enumerate(splits)]
-
-
-def scores_of_unseen(x: Experiment, rates: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """Tune prompts and vectors of the unseen tasks, also from the nearest seen prompts; return all of their scores.
-
-    With rates each of them is the best of these, task by task, but for the prompts that spaces are made of.
-    """
-    unseen, prompts = x.named("unseen"), x.soft_prompts(x.named("seen", "unseen"))
-    collection = {task: prompts[task] for task in x.named("seen")}
-    spaces = [x.subspace(kind, dim, collection) for kind, dim in FOLD_SPACES]
-    if rates:
-        x = with_rates(x, *rates)
-        prompts |= x.soft_prompts(unseen)
-    near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
-    for space in spaces:
-        if space.header["space"] == "subspace":
-            near += x.intrinsic_vectors(unseen, COLLECTION_SEED, space, "nearest").values()
-    report = measure(x, prompts, spaces, more=near)
-    return [score for score in report["scores"] if score["task"] in unseen]
+    in_runs(cache, FOLD_SPACES)
 
 
 def grids(cache: Path) -> None:
     """The first run of `folds`, where all that is tuned of unseen tasks has the best of three rates, task by task."""
-    told = list[dict[str, Any]]()
-    for x in fold_experiments(cache, 0):
-        told += scores_of_unseen(x, GRID)
-        ipt.echo(pooled_text(told))
+    in_runs(cache, FOLD_SPACES, 1, learning_rate=[*GRID], vector_learning_rate=[*GRID])
+
+
+def shots(cache: Path) -> None:
+    """The runs of `folds` with few and many rows per label of the unseen tasks, in spaces of prompts with 16, and on all sides."""
+    for count in SHOTS:
+        ipt.echo(f"{count} rows per label for training, as many for validation")
+        in_runs(cache, FOLD_SPACES[:1], shots=count)
+
+
+def in_runs(cache: Path, kinds_and_dims: Spaces, runs: int = 3, **change: Any) -> None:
+    """Tune the unseen tasks of `folds`, with a change of settings; print each run, and what they say together."""
+    told = list[list[dict[str, Any]]]()
+    for seed in range(runs):
+        told.append([])
+        for whole, x in zip(fold_experiments(cache, seed), fold_experiments(cache, seed, **change), strict=True):
+            told[-1] += scores_of_unseen(whole, x, kinds_and_dims)
+            ipt.echo(pooled_text(told[-1]))
+        if seed:
+            ipt.echo(spread_text(spread([*map(pooled, told)])) + "means over the runs\n\n" + pooled_text(averaged(told)))
+
+
+def fold_experiments(cache: Path, seed: int, **change: Any) -> list[Experiment]:
+    """Return an experiment for each of four splits that a seed draws, with a random space of its own."""
+    whole = experiment(cache)
+    tasks = [task for task in whole.roles if not whole.task(task).pretrained]
+    splits = splits_drawn(cache, tasks, [*whole.roles], seed)
+    return [experiment(cache, split=str(s), seed=seed, subspace_seed=4 * seed + n, **change) for n, s in enumerate(splits)]
+
+
+def scores_of_unseen(whole: Experiment, x: Experiment, kinds_and_dims: Spaces) -> list[dict[str, Any]]:
+    """Tune prompts and vectors of the unseen tasks as x says, also from the nearest seen prompts, in spaces as `whole` has them."""
+    unseen, collection = x.named("unseen"), whole.soft_prompts(whole.named("seen"))
+    spaces = [whole.subspace(kind, dim, collection) for kind, dim in kinds_and_dims]
+    whole.make([*every(collection.values()), *spaces])
+    near = [*x.soft_prompts(unseen, near=[*collection.values()]).values()]
+    for space in spaces:
+        if space.header["space"] == "subspace":
+            near += x.intrinsic_vectors(unseen, COLLECTION_SEED, space, "nearest").values()
+    scores: list[dict[str, Any]] = measure(x, x.soft_prompts(unseen), spaces, more=near)["scores"]
+    return scores
 
 
 def nearby(cache: Path) -> None:
@@ -200,18 +204,6 @@ def seen(cache: Path) -> None:
     spaces = [x.subspace("subspace", dim, {task: prompts[task] for task in order[:n]})
               for n in range(20, len(order) + 1, 20) for dim in (250, 10)]  # fmt: skip
     measure(x, prompts, spaces)
-
-
-def shots(cache: Path) -> None:
-    """Unseen tasks with few and many rows per label, in the subspace of prompts with 16; prompt tuning beside it gets as many."""
-    whole = experiment(cache)
-    prompts = whole.soft_prompts(whole.named("seen"))
-    spaces = [whole.subspace("subspace", dim, prompts) for dim in (250, 10)]
-    whole.make([*every([*prompts.values()]), *spaces])
-    for count in (4, 8, 16, 32, 64):
-        x = experiment(cache, shots=count)
-        ipt.echo(f"{count} rows per label for training, as many for validation")
-        measure(x, x.soft_prompts(x.named("unseen")), spaces)
 
 
 def kinds(cache: Path) -> None:
@@ -345,7 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         part.__name__: part
-        for part in (dims, needed, seeds, folds, grids, nearby, seen, shots, kinds, ablations, stability, longer, fine_tuning)
+        for part in (dims, needed, seeds, folds, grids, shots, nearby, seen, kinds, ablations, stability, longer, fine_tuning)
     }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
