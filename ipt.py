@@ -127,17 +127,20 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
         return file
     commands = context.parent.command.commands  # type: ignore[attr-defined]
     flags = {command: {flag: p for p in of.params for flag in p.opts if flag != "--config"} for command, of in commands.items()}
-    content, here = read_mapping(file), str(context.info_name)
-    check(own := content.get(here) or {}, dict[Any, Any], f"{file}: '{here}'")
-    given = {name: value for name, value in content.items() if not (name in commands and isinstance(value, dict | None))} | own
     every = {flag for options in flags.values() for flag in options}
-    if content and not given and here not in content:
-        raise IptError(f"{file} holds options of {' and '.join(content)}, none of {here}")
-    for name, value in given.items():
+    content, here = read_mapping(file), str(context.info_name)
+    named = {name: value or {} for name, value in content.items() if name in commands}
+    sections = {name: own for name, own in named.items() if isinstance(own, dict) or f"--{name}" not in every}
+    check(own := sections.get(here, {}), dict[Any, Any], f"{file}: '{here}'")
+    shared = {name: value for name, value in content.items() if name not in sections}
+    if sections and not shared and here not in sections:
+        raise IptError(f"{file} holds options of {' and '.join(sections)}, none of {here}")
+    for name, value in (shared | own).items():
         flag, known = f"--{name}".replace("_", "-"), flags[here] if name in own else every
         if flag not in known:
             raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
-        if parameter := flags[here].get(flag):
+        parameter = flags[here].get(flag)
+        if parameter and (parameter.multiple or name in own or not isinstance(value, list)):  # else it is for other commands
             several = parameter.multiple and not isinstance(value, list)
             context.default_map = {**(context.default_map or {}), parameter.name: [value] if several else value}
     return file
@@ -158,6 +161,8 @@ def parameters_of(function: Callable[..., None], groups: tuple[type, ...]) -> li
     annotated = {p.name: (p.annotation, p.default) for p in own} | {name: (a, None) for name, a in added.items() if a}
     for name, (annotation, _) in annotated.items():  # every option can be given by the environment, too
         about = annotation.__metadata__[0]
+        if isinstance(about, typer.models.ArgumentInfo):
+            continue
         flag = about.default if str(about.default).startswith("--") else name  # Typer has the flag there until it is used
         flag = flag.split("/")[0].lstrip("-")
         about.envvar, about.show_envvar = f"IPT_{flag.replace('-', '_').upper()}", False

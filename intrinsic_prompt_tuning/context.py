@@ -228,6 +228,16 @@ class Context:
         """Return the split's tasks in these roles, seen or unseen, but for those left out."""
         return [task for task, role in self.roles.items() if role.split("-")[0] in roles and task not in self.left_out]
 
+    def seen_tasks(self) -> list[str]:
+        """Return the split's seen tasks, which make a subspace.
+
+        Raises:
+            IptError: it has none.
+        """
+        if found := self.named("seen"):
+            return found
+        raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
+
     def with_rows(self, tasks: Iterable[str], data_seed: int) -> list[str]:
         """Return the tasks whose rows can be had.
 

@@ -148,9 +148,8 @@ class Experiment(Context):
             IptError: the split has no seen tasks.
         """
         prompts = self.soft_prompts(self.with_rows(self.named("seen", "unseen"), COLLECTION_SEED))
-        collection = {task: prompts[task] for task in self.with_rows(self.named("seen"), data_seed)}
-        if not collection:
-            raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
+        self.with_rows(self.named("seen"), data_seed)
+        collection = {task: prompts[task] for task in self.seen_tasks()}
         kinds: tuple[SpaceKind, ...] = ("subspace", "random")
         spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dict.fromkeys(dims)]
         challenges = [(list(collection), data_seed), (self.named("unseen"), COLLECTION_SEED)]
@@ -231,9 +230,7 @@ class Experiment(Context):
         Raises:
             IptError: a seen task has none; nothing is ever put in its place.
         """
-        if "seen" not in self.roles.values():
-            raise IptError(f"the split {self.options.split} has no seen tasks to find a subspace with: see 'ipt tasks'")
-        found = self.found_prompts(self.named("seen"))
+        found = self.found_prompts(self.seen_tasks())
         missing = [task for task in self.named("seen") if task not in found]
         if not found or (missing and not self.options.skip_missing):
             some = ", ".join(missing[:5]) + " ..." * (len(missing) > 5)

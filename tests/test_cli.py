@@ -751,6 +751,19 @@ def test_an_option_of_a_file_may_have_a_command_s_name(cli: Cli, tmp_path: Path,
     assert list((tmp_path / "own").glob("*/soft-prompts/*"))
 
 
+def test_what_a_file_says_to_all_commands_stops_none_that_it_is_not_for(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPT_TASK", "mood-good")
+    (config := tmp_path / "mine.yaml").write_text("dim: [250, 10]\nshow: true\n", encoding="utf-8")
+    assert_done(cli("collect", *SHORT, "--config", config))  # its --dim is one number
+    (path,) = (tmp_path / "cache").glob("*/soft-prompts/mood-good-*")
+    assert "mood-good" in assert_done(run_ipt("show", path, "--config", config)).out  # it has no --show
+    assert "kind" in assert_done(cli("tasks")).out.splitlines()[0], "an argument is no option of the environment"
+    config.write_text("collect: {dim: [250, 10], start: subspace}\n", encoding="utf-8")
+    assert cli("collect", "--config", config).code == 2
+
+
 def test_what_is_tuned_as_prompts_is_reproduced_by_its_file(cli: Cli, tmp_path: Path) -> None:
     assert_done(cli("tune", *SHORT, "--task", "mood-good", "--space", "prompt"))
     (kept,) = (tmp_path / "cache" / "commands").iterdir()
