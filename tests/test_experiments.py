@@ -152,8 +152,8 @@ def test_real_language_compares_settings_task_by_task(
 def few_tasks(usual: Callable[..., Experiment], unseen: int) -> Callable[..., Experiment]:
     """Return what makes the testbed's experiment with little to do."""
 
-    def small(cache: Path) -> Experiment:
-        x = usual(cache, steps=2, evaluations=1, subspace_steps=1, test_rows=4)
+    def small(cache: Path, **given: Any) -> Experiment:
+        x = usual(cache, **{"steps": 2, "evaluations": 1, "subspace_steps": 1, "test_rows": 4} | given)
         x.roles = {task: x.roles[task] for task in x.named("seen")[:3] + x.named("unseen")[:unseen]}
         return x
 
@@ -240,10 +240,29 @@ def test_the_testbed_compares_known_tasks_with_prompts_of_the_same_rows(
     assert len(pairs.strip().splitlines()) == 1 + 21
 
 
+def test_the_testbed_compares_ten_runs_of_each_task_and_what_goes_on_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    testbed = script("testbed")
+    small = few_tasks(testbed.experiment, unseen=2)
+    monkeypatch.setattr(testbed, "experiment", lambda cache, **given: small(cache, **{"steps": 4} | given))
+    testbed.stability(tmp_path)
+    printed = capsys.readouterr().out
+    told = [re.split("  +", line)[0] for line in printed[printed.index("way ") :].split("\n\n")[0].splitlines()[1:]]
+    tuned = ["prompt tuning", "subspace 250", "subspace 10", "random 250", "random 10"]
+    two_stage = ["two-stage, 4 steps", "two-stage, 1 steps", "prompt tuning twice"]
+    assert told == [*tuned, *two_stage, *(f"{way}, 8 steps" for way in tuned if "10" not in way)]
+    assert pairs_of(printed)[1] == {"2"}
+    headers = [read_file(path)[0] for path in tmp_path.glob("*/soft-prompts/*")]
+    begun = [header["start_prompt"] for header in headers if header.get("start") == "subspace"]
+    vectors = {path.stem.rpartition("-")[2] for path in tmp_path.glob("*/intrinsic-vectors/*")}
+    assert len(begun) == 2 * 2 * 10 and len({*begun}) == 2 * 10 and {*begun} <= vectors
+
+
 def test_every_part_of_the_testbed_s_script_is_told() -> None:
     parts = set(re.findall(r"testbed\.py (\w+) --cache", (EXPERIMENTS / "testbed.py").read_text(encoding="utf-8")))
     text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
-    assert parts <= set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^#.*|.*`longer`.*", text, re.MULTILINE))))
+    assert parts <= set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^#.*", text, re.MULTILINE))))
 
 
 def test_mean_scores_are_of_one_space_and_over_runs() -> None:

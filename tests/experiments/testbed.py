@@ -11,7 +11,6 @@
     python tests/experiments/testbed.py kinds --cache DIR         # Fig 12: the tasks of one kind are unseen
     python tests/experiments/testbed.py ablations --cache DIR     # without each loss, without noise, other weights
     python tests/experiments/testbed.py stability --cache DIR     # Table 2: ten runs of each task, and two-stage
-    python tests/experiments/testbed.py longer --cache DIR        # beside it: prompt tuning in as many steps as the two stages
     python tests/experiments/testbed.py fine_tuning --cache DIR --processes 1    # all weights tuned, the second baseline
 
 Everything is kept in the cache, and the same command goes on where it was; `ipt plot` draws what is there. Whatever is chosen is
@@ -21,6 +20,7 @@ chosen on validation rows.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections import defaultdict
@@ -235,61 +235,60 @@ def ablations(cache: Path) -> None:
 
 
 def stability(cache: Path) -> None:
-    """Table 2: ten runs of each unseen task from other starts, with rows in other orders, at the first rate of the grid; and from where IPT ends."""
+    """Table 2: ten runs of each unseen task from other starts, with rows in other orders, at the first rate of the grid; prompt
+    tuning from where IPT ends; and, as that has the steps of both, one stage of as many."""
     whole, x = experiment(cache), experiment(cache, tries=10)
-    tasks = x.named("unseen")
-    prompts, rate = whole.soft_prompts(x.named("seen")), max(x.rates.vector_learning_rate)
+    tasks, prompts = x.named("unseen"), whole.soft_prompts(x.named("seen"))
     spaces = [whole.subspace(kind, dim, prompts) for kind in ("subspace", "random") for dim in (250, 10)]
-    ways = {"prompt tuning": [*x.soft_prompts(tasks).values()]}
-    ways |= {f"{s.header['space']} {s.header['dim']}": [*x.intrinsic_vectors(tasks, COLLECTION_SEED, s).values()] for s in spaces}
-    # Without `instead_of`: also what is solved by one run is run ten times.
-    runs = {way: [[replace(r, instead_of=()) for r in choice[:10]] for choice in choices] for way, choices in ways.items()}
-    assert all(
-        r.header["learning_rate"] in (rate, max(x.rates.learning_rate)) for own in runs.values() for choice in own for r in choice
-    )
-    x.make([*every(prompts.values()), *spaces, *(r for own in runs.values() for choice in own for r in choice)])
+    whole.make([*every(prompts.values()), *spaces])
+    runs = runs_of(x, spaces)
     for steps in (x.tuning.steps, x.tuning.steps // 4):
-        y = experiment(cache, tries=10, steps=steps)
-        starts = {n: {choice[n].header["task"]: choice[n] for choice in runs["subspace 250"]} for n in range(10)}
-        second = []
-        for task in tasks:
-            own = []
-            for n, at in starts.items():
-                prompt = y.space(spaces[0]).back_project(y.store.read(at[task])[1]["intrinsic_vector"][None])[0]
-                y.starts[at[task].name] = prompt
-                told = {task: {"start": "subspace", "start_prompt": at[task].name}}
-                own.append(replace(y.soft_prompts([task], starts=told)[task][n], instead_of=()))
-            second.append(own)
-        y.make([r for own in second for r in own])
-        runs[f"two-stage, {steps} steps"] = second
+        runs[f"two-stage, {steps} steps"] = gone_on(experiment(cache, tries=10, steps=steps), runs["subspace 250"])
+    runs["prompt tuning twice"] = gone_on(x, runs["prompt tuning"])
+    for way, own in runs_of(experiment(cache, tries=10, steps=2 * x.tuning.steps), spaces[::2]).items():
+        runs[f"{way}, {2 * x.tuning.steps} steps"] = own
     ipt.echo(f"unseen tasks, n={len(tasks)}, ten runs each: mean test score, mean over tasks of the standard deviation over runs")
-    for way, own in runs.items():
-        tell_runs(x, way, own)
+    told = {way: scores_of_runs(x, own) for way, own in runs.items()}
+    ipt.echo(table_text("way|mean|deviation", [[w, *(fmean(map(of, own)) for of in (fmean, stdev))] for w, own in told.items()]))
+    ipt.echo(pairs_text({way: dict(zip(tasks, map(fmean, own), strict=True)) for way, own in told.items()}))
 
 
-def tell_runs(x: Experiment, way: str, runs: Sequence[Sequence[Result]]) -> None:
-    """Print what several runs of each task score."""
+def runs_of(x: Experiment, spaces: Sequence[Result]) -> dict[str, list[Choice]]:
+    """Return the runs of the unseen tasks that x describes, in prompt tuning and in some spaces, all made: also of what one solves."""
+    tasks = x.named("unseen")
+    ways = {"prompt tuning": x.soft_prompts(tasks)}
+    ways |= {f"{s.header['space']} {s.header['dim']}": x.intrinsic_vectors(tasks, COLLECTION_SEED, s) for s in spaces}
+    runs = {way: [alone(choice) for choice in choices.values()] for way, choices in ways.items()}
+    assert all(len(choice) == x.rates.tries for own in runs.values() for choice in own), "one rate"
+    x.make(every(itertools.chain(*runs.values())))
+    return runs
+
+
+def alone(choice: Choice) -> Choice:
+    """Return results none of which makes another needless."""
+    return tuple(replace(result, instead_of=()) for result in choice)
+
+
+def gone_on(x: Experiment, runs: Sequence[Choice]) -> list[Choice]:
+    """Tune tasks' prompts, each from where one of the task's vectors or prompts ended."""
+    more = list[Choice]()
+    for choice in runs:
+        task, found = choice[0].header["task"], list[Result]()
+        for n, at in enumerate(choice):
+            x.starts[at.name] = x.tuned((at,))
+            told = {task: {"start": "subspace" if at.kind == "intrinsic-vector" else task, "start_prompt": at.name}}
+            found.append(alone(x.soft_prompts([task], starts=told)[task])[n])
+        more.append(tuple(found))
+    x.make(every(more))
+    return more
+
+
+def scores_of_runs(x: Experiment, runs: Sequence[Choice]) -> list[list[float]]:
+    """Return the test scores of several runs of each task."""
     wanted = {r.name: x.scores({r.header["task"]: (r,)}, [], [])[2] if r.kind == "soft-prompt" and "start" not in r.header
               else x.scores({r.header["task"]: (r,)}, [], [(r,)])[-1] for choice in runs for r in choice}  # fmt: skip
     x.make(wanted.values())
-    scores = [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in runs]
-    ipt.echo(f"{way:20} {fmean(map(fmean, scores)):.3f} {fmean(map(stdev, scores)):.3f}")
-
-
-def longer(cache: Path) -> None:
-    """Ten runs of each unseen task in twice the usual steps, which is what the two stages have together, and in the usual ones."""
-    whole = experiment(cache)
-    seen, tasks = whole.soft_prompts(whole.named("seen")), whole.named("unseen")
-    spaces = [whole.subspace(kind, 250, seen) for kind in ("subspace", "random")]
-    whole.make([*every([*seen.values()]), *spaces])
-    for steps in (2 * whole.tuning.steps, whole.tuning.steps):
-        x = experiment(cache, tries=10, steps=steps)
-        ways = {"prompt tuning": x.soft_prompts(tasks)}
-        ways |= {f"{s.header['space']} 250": x.intrinsic_vectors(tasks, COLLECTION_SEED, s) for s in spaces}
-        for way, choices in ways.items():
-            runs = [[replace(r, instead_of=()) for r in choice] for choice in choices.values()]
-            x.make([r for choice in runs for r in choice])
-            tell_runs(x, f"{way}, {steps} steps", runs)
+    return [[x.store.read(wanted[r.name])[0]["score"] for r in choice] for choice in runs]
 
 
 def fine_tuning(cache: Path) -> None:
@@ -337,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         part.__name__: part
-        for part in (dims, needed, seeds, folds, grids, shots, nearby, seen, kinds, ablations, stability, longer, fine_tuning)
+        for part in (dims, needed, seeds, folds, grids, shots, nearby, seen, kinds, ablations, stability, fine_tuning)
     }
     parser.add_argument("what", choices=list(parts))
     parser.add_argument("--cache", type=Path, required=True)
