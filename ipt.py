@@ -129,8 +129,8 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     flags = {command: {flag: p for p in of.params for flag in p.opts if flag != "--config"} for command, of in commands.items()}
     every = {flag for options in flags.values() for flag in options}
     content, here = read_mapping(file), str(context.info_name)
-    named = {name: value or {} for name, value in content.items() if name in commands}
-    sections = {name: own for name, own in named.items() if isinstance(own, dict) or f"--{name}" not in every}
+    both = {name for name in commands if f"--{name}" in every}  # names of commands and of options
+    sections = {n: v or {} for n, v in content.items() if n in commands and (n not in both or isinstance(v, dict | None))}
     check(own := sections.get(here, {}), dict[Any, Any], f"{file}: '{here}'")
     shared = {name: value for name, value in content.items() if name not in sections}
     if sections and not shared and here not in sections:

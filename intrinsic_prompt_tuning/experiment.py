@@ -148,7 +148,7 @@ class Experiment(Context):
             IptError: the split has no seen tasks.
         """
         prompts = self.soft_prompts(self.with_rows(self.named("seen", "unseen"), COLLECTION_SEED))
-        self.with_rows(self.named("seen"), data_seed)
+        self.with_rows(self.named("seen"), data_seed)  # leaves out what has none
         collection = {task: prompts[task] for task in self.seen_tasks()}
         kinds: tuple[SpaceKind, ...] = ("subspace", "random")
         spaces = [self.subspace(kind, dim, collection) for kind in kinds for dim in dict.fromkeys(dims)]

@@ -760,6 +760,8 @@ def test_what_a_file_says_to_all_commands_stops_none_that_it_is_not_for(
     (path,) = (tmp_path / "cache").glob("*/soft-prompts/mood-good-*")
     assert "mood-good" in assert_done(run_ipt("show", path, "--config", config)).out  # it has no --show
     assert "kind" in assert_done(cli("tasks")).out.splitlines()[0], "an argument is no option of the environment"
+    config.write_text("show: false\n", encoding="utf-8")
+    assert_done(cli("collect", *SHORT, "--config", config, "--dry-run"))
     config.write_text("collect: {dim: [250, 10], start: subspace}\n", encoding="utf-8")
     assert cli("collect", "--config", config).code == 2
 
