@@ -248,15 +248,22 @@ def test_the_testbed_compares_ten_runs_of_each_task_and_what_goes_on_from_them(
     monkeypatch.setattr(testbed, "experiment", lambda cache, **given: small(cache, **{"steps": 4} | given))
     testbed.stability(tmp_path)
     printed = capsys.readouterr().out
-    told = [re.split("  +", line)[0] for line in printed[printed.index("way ") :].split("\n\n")[0].splitlines()[1:]]
+    told = [
+        [re.split("  +", line)[0] for line in table.split("\n\n")[0].splitlines()[1:]]
+        for table in re.split("^way ", printed, flags=re.MULTILINE)[1:]
+    ]
     tuned = ["prompt tuning", "subspace 250", "subspace 10", "random 250", "random 10"]
     two_stage = ["two-stage, 4 steps", "two-stage, 1 steps", "prompt tuning twice"]
-    assert told == [*tuned, *two_stage, *(f"{way}, 8 steps" for way in tuned if "10" not in way)]
-    assert pairs_of(printed)[1] == {"2"}
+    nearest = [f"{way}, nearest start" for way in tuned[:3]]
+    assert told[0] == [*tuned, *two_stage, *(f"{way}, 8 steps" for way in tuned if "10" not in way), *nearest]
+    assert told[2] == [*tuned[:4], *nearest]
+    assert told[1][0] == told[3][0] == "prompt tuning" and pairs_of(printed)[1] == {"3"}
     headers = [read_file(path)[0] for path in tmp_path.glob("*/soft-prompts/*")]
     begun = [header["start_prompt"] for header in headers if header.get("start") == "subspace"]
     vectors = {path.stem.rpartition("-")[2] for path in tmp_path.glob("*/intrinsic-vectors/*")}
     assert len(begun) == 2 * 2 * 10 and len({*begun}) == 2 * 10 and {*begun} <= vectors
+    seeds = [header["seed"] for header in headers if header.get("start") == "nearest"]
+    assert sorted(seeds) == sorted([*range(10)] * (2 + 3))
 
 
 def test_every_part_of_the_testbed_s_script_is_told() -> None:

@@ -236,34 +236,56 @@ def ablations(cache: Path) -> None:
 
 
 def stability(cache: Path) -> None:
-    """Table 2: ten runs of each unseen task from other starts, with rows in other orders, at the first rate of the grid; prompt
-    tuning from where IPT ends; and, as that has the steps of both, one stage of as many."""
+    """Table 2: ten runs of each task from other starts, with rows in other orders, at the first rate of the grid. Of unseen tasks
+    also prompt tuning from where IPT ends; and, as that has the steps of both, one stage of as many."""
     whole, x = experiment(cache), experiment(cache, tries=10)
-    tasks, prompts = x.named("unseen"), whole.soft_prompts(x.named("seen"))
-    spaces = [whole.subspace(kind, dim, prompts) for kind in ("subspace", "random") for dim in (250, 10)]
-    whole.make([*every(prompts.values()), *spaces])
-    runs = runs_of(x, spaces)
+    tasks, collection = x.named("unseen"), whole.soft_prompts(x.named("seen"))
+    spaces = [whole.subspace(kind, dim, collection) for kind in ("subspace", "random") for dim in (250, 10)]
+    whole.make([*every(collection.values()), *spaces])
+    runs = runs_of(x, tasks, COLLECTION_SEED, spaces)
     for steps in (x.tuning.steps, x.tuning.steps // 4):
         runs[f"two-stage, {steps} steps"] = gone_on(experiment(cache, tries=10, steps=steps), runs["subspace 250"])
     runs["prompt tuning twice"] = gone_on(x, runs["prompt tuning"])
-    large = [space for space in spaces if space.header["dim"] == 250]
-    for way, own in runs_of(experiment(cache, tries=10, steps=2 * x.tuning.steps), large).items():
+    large, learned = [spaces[0], spaces[2]], spaces[:2]
+    for way, own in runs_of(experiment(cache, tries=10, steps=2 * x.tuning.steps), tasks, COLLECTION_SEED, large).items():
         runs[f"{way}, {2 * x.tuning.steps} steps"] = own
-    ipt.echo(f"unseen tasks, n={len(tasks)}, ten runs each: mean test score, mean over tasks of the standard deviation over runs")
+    compare_runs(x, "unseen tasks", runs | runs_from_nearest(whole, tasks, COLLECTION_SEED, learned))
+    known = runs_of(x, x.named("seen"), OTHER_SEED, spaces[:3])
+    compare_runs(x, "other data of seen tasks", known | runs_from_nearest(whole, x.named("seen"), OTHER_SEED, learned))
+
+
+def compare_runs(x: Experiment, what: str, runs: dict[str, list[Choice]]) -> None:
+    """Print what ten runs of each task score, how much one task's score varies over them, and differences task by task."""
     told = {way: scores_of_runs(x, own) for way, own in runs.items()}
+    tasks = [choice[0].header["task"] for choice in runs["prompt tuning"]]
+    ipt.echo(f"{what}, n={len(tasks)}, ten runs each: mean test score, mean over tasks of the standard deviation over runs")
     ipt.echo(table_text("way|mean|deviation", [[w, *(fmean(map(of, own)) for of in (fmean, stdev))] for w, own in told.items()]))
     ipt.echo(pairs_text({way: dict(zip(tasks, map(fmean, own), strict=True)) for way, own in told.items()}))
 
 
-def runs_of(x: Experiment, spaces: Sequence[Result]) -> dict[str, list[Choice]]:
-    """Return the runs of the unseen tasks that x describes, in prompt tuning and in some spaces, all made: also of what one solves."""
-    tasks = x.named("unseen")
-    ways = {"prompt tuning": x.soft_prompts(tasks)}
-    ways |= {f"{s.header['space']} {s.header['dim']}": x.intrinsic_vectors(tasks, COLLECTION_SEED, s) for s in spaces}
+def runs_of(x: Experiment, tasks: Sequence[str], data_seed: int, spaces: Sequence[Result]) -> dict[str, list[Choice]]:
+    """Return the runs of tasks that x describes, in prompt tuning and in some spaces, all made: also of what one solves."""
+    ways = {"prompt tuning": x.soft_prompts(tasks, data_seed)}
+    ways |= {f"{s.header['space']} {s.header['dim']}": x.intrinsic_vectors(tasks, data_seed, s) for s in spaces}
     runs = {way: [alone(choice) for choice in choices.values()] for way, choices in ways.items()}
     assert all(len(choice) == x.rates.tries for own in runs.values() for choice in own), "one rate"
     x.make(every(itertools.chain(*runs.values())))
     return runs
+
+
+def runs_from_nearest(
+    whole: Experiment, tasks: Sequence[str], data_seed: int, spaces: Sequence[Result]
+) -> dict[str, list[Choice]]:
+    """Return ten runs of each task that start from the nearest seen prompt, all made. Seeds tell runs apart: a second try would
+    start from the second nearest."""
+    runs = defaultdict[str, list[dict[str, Choice]]](list)
+    for x in map(whole.with_seeds, range(10)):
+        runs["prompt tuning, nearest start"].append(x.soft_prompts(tasks, data_seed, near=spaces[0].inputs))
+        for space in spaces:
+            runs[f"subspace {space.header['dim']}, nearest start"].append(x.intrinsic_vectors(tasks, data_seed, space, "nearest"))
+    told = {way: [tuple(run[task][0] for run in own) for task in tasks] for way, own in runs.items()}
+    whole.make(every(itertools.chain(*told.values())))
+    return told
 
 
 def alone(choice: Choice) -> Choice:
