@@ -42,7 +42,7 @@ from intrinsic_prompt_tuning.pictures import Format, Picture, Quantity, draw, la
 from intrinsic_prompt_tuning.ranks import catch_signals, n_processes, n_ranks, rank, run_in_processes
 from intrinsic_prompt_tuning.report import make_report, report_text, sample_text, spread_text, wrong_answers
 from intrinsic_prompt_tuning.reporter import Reporter, table_text
-from intrinsic_prompt_tuning.settings import TESTBED, Manners, Sharing, described, versions
+from intrinsic_prompt_tuning.settings import TESTBED, Manners, described, versions
 from intrinsic_prompt_tuning.shelf import about_file, cache_files, files_text, remove
 from intrinsic_prompt_tuning.spaces import SpaceKind
 from intrinsic_prompt_tuning.tasks import CROSSFIT_SEEDS
@@ -146,15 +146,15 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-NOT_KEPT = {*(f.name for kind in (Manners, Sharing) for f in fields(kind)), "cache", "help"}
+NOT_KEPT = {*(f.name for f in fields(Manners)), "cache", "help"}
 """What the file of options that reproduces a command does not hold."""
 QUICK_SETTINGS = {"steps": 80, "subspace_steps": 50}
 
 
-def parameters_of(function: Callable[..., None], groups: tuple[type, ...]) -> list[inspect.Parameter]:
+def parameters_of(function: Callable[..., None], groups: tuple[type, ...], shared: bool) -> list[inspect.Parameter]:
     """Return what a command is given: its function's own parameters, those of dataclasses, and `context`."""
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
-    taken = {p.name for p in own}
+    taken = {p.name for p in own} | ({"processes"} if not shared else set())
     added = {f.name: option(kind, f.name) for kind in (*groups, Manners) for f in fields(kind) if f.name not in taken}
     config = added["config"].__metadata__[0]
     config.is_eager, config.callback = True, read_config
@@ -170,10 +170,10 @@ def parameters_of(function: Callable[..., None], groups: tuple[type, ...]) -> li
     return [context, *(context.replace(name=n, annotation=a, default=d) for n, (a, d) in annotated.items())]
 
 
-def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(name: str, *groups: type, shared: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function: dataclasses give it options, and what was given makes the experiment, its first argument.
 
-    With the options `Sharing`, several processes can share the command's work.
+    Several processes can share the work of a command that is `shared`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -186,7 +186,7 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
             terminal = Terminal(verbose=bool(values["verbose"]), log=values["log"])
             terminal.quiet = bool(values["quiet"]) and not values.get("dry_run")  # a plan is what was asked for
             try:
-                if Sharing in groups and n_ranks() == 1 and count > 1:
+                if shared and n_ranks() == 1 and count > 1:
                     terminal.quiet = True  # the first of them says how to go on
                     code, told = run_in_processes([sys.executable, __file__, *sys.argv[1:]], count)
                     sys.stderr.write(told)
@@ -206,7 +206,7 @@ def command(name: str, *groups: type) -> Callable[[Callable[..., None]], Callabl
                 terminal.say("stopped: what is done is kept, and the same command goes on from here")
                 raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0]) from None
 
-        parameters = parameters_of(function, groups)
+        parameters = parameters_of(function, groups, shared)
         expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return app.command(name)(expanded)
@@ -234,7 +234,7 @@ WideOption = Annotated[bool, typer.Option("--wide", help="Print every column.")]
 # A command is a signature, a line of help, and descriptions of results that are made.
 
 
-@command("collect", Options, TuneConfig, Sharing)
+@command("collect", Options, TuneConfig, shared=True)
 def collect(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False,
     data_seed: DataSeedOption = COLLECTION_SEED, learning_rate: option(Rates, "learning_rate") = None,  # type: ignore[valid-type]
@@ -256,7 +256,7 @@ def collect(
         x.report.say(f"results: {x.store.folder}")
 
 
-@command("fit-subspace", Options, SubspaceConfig, Sharing)
+@command("fit-subspace", Options, SubspaceConfig, shared=True)
 def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = False) -> None:
     """Find the subspace of the seen tasks' soft prompts.
 
@@ -269,7 +269,7 @@ def fit_subspace(x: Experiment, dim: DimOption = None, dry_run: DryRunOption = F
         x.report.say(f"subspace {subspace.name[:8]}: {x.store.path(subspace)}")
 
 
-@command("tune", Options, TuneConfig, Sharing)
+@command("tune", Options, TuneConfig, shared=True)
 def tune(
     x: Experiment, task: TaskOption = None, seen: SeenOption = False, unseen: UnseenOption = False, dim: DimOption = None,
     data_seed: DataSeedOption = COLLECTION_SEED, space: SpaceOption = "subspace", start: StartOption = "random",
@@ -294,7 +294,7 @@ def tune(
         x.report.say(f"results: {x.store.folder}")
 
 
-@command("eval", Options, Sharing)
+@command("eval", Options, shared=True)
 def evaluate(
     x: Experiment, per_task: Annotated[bool, typer.Option("--per-task", help="Also every task's scores.")] = False,
     wide: WideOption = False, as_json: JsonOption = False, dry_run: DryRunOption = False,
@@ -312,7 +312,7 @@ def evaluate(
         print_report(make_report(x, scores), as_json, per_task=per_task, wide=wide)
 
 
-@command("run", Options, TuneConfig, SubspaceConfig, Rates, Sharing)
+@command("run", Options, TuneConfig, SubspaceConfig, Rates, shared=True)
 def run(
     x: Experiment, dim: Annotated[list[int] | None, typer.Option(min=1, help=DIM_HELP, show_default="250 and 10")] = None,
     data_seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the seen tasks' other data.")] = 21,
@@ -430,7 +430,7 @@ def cache_command(
         Terminal().say(f"removed {remove(folder, files)} of {len(files)} files")
 
 
-@command("plot", Options, Sharing)
+@command("plot", Options, shared=True)
 def plot(
     x: Experiment, picture: Annotated[list[Picture] | None, typer.Argument(help="Which.", show_default="all")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path(), quantity: QuantityOption = "e_rel",
@@ -451,7 +451,7 @@ def plot(
         x.report.say(f"picture: {out / name}")
 
 
-@command("report", Options, Sharing)
+@command("report", Options, shared=True)
 def report_command(
     x: Experiment, out: Annotated[Path, typer.Option(help="File to write.")], quantity: QuantityOption = "e_rel"
 ) -> None:

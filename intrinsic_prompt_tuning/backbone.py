@@ -196,7 +196,8 @@ class Backbone:
         """Cut an input, first the end of what stands before the example's tail, then the start of the tail; and frame it."""
         if len(ids) > room:
             tail = example.input[len(example.input) - example.tail :]
-            spared = self.layout.closing + len(self.tokenizer(tail, add_special_tokens=False).input_ids)
+            # An encoder-decoder's input ends in a token of its own, whatever it says.
+            spared = len(self.tokenizer(tail, add_special_tokens=False).input_ids) + (not isinstance(self.lm, Causal))
             head = max(1, room - spared)
             ids = ids[:head] + ids[len(ids) - (room - head) :]
         return [*self.layout.before, *ids, *self.layout.after]

@@ -142,13 +142,7 @@ class Causal:
         return {key: together[i, : len(key)].clone() for i, key in enumerate(inputs)}
 
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
-        """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
-
-        Args:
-            begun: rows with prompt and input.
-            rows: which row each text is behind.
-            texts: their tokens.
-        """
+        """Return minus the log-likelihood of texts (tokens), each behind the row that `rows` names, summed: (texts,), float32."""
         tokens, said = padded(texts, self.model.device)  # (texts, length)
         following = self.model.get_input_embeddings()(tokens[:, :-1])
         at, of = np.nonzero(said.T)  # all first tokens, then all second ones

@@ -7,10 +7,10 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
@@ -33,6 +33,8 @@ from intrinsic_prompt_tuning.tuning import TuneConfig
 COLLECTION_SEED = 100
 """The data seed of the prompts that the subspace is made of, and of every baseline."""
 Start = Literal["random", "seen", "nearest"]
+T = TypeVar("T")
+_rate = partial(list[float], (0.3,))
 MOST_UNKNOWN = 0.2
 """The share of unknown tokens above which a task is said to be in another language than the backbone's."""
 
@@ -65,10 +67,6 @@ class Options:
     seed: Annotated[int, TUNING("Of the shared initial prompt, and of where vectors start.", least=0, most=2**32 - 1)] = 0
     slots: Annotated[int | None, MACHINE("Jobs tuned at once.", least=1, shown_default="four passes full, at least 16")] = None
     skip_missing: Annotated[bool, Setting("Do without tasks that cannot be had, and seen tasks without soft prompt.")] = False
-
-
-def _rate() -> list[float]:
-    return [0.3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +169,7 @@ class Context:
     @cached_property
     def store(self) -> Store:
         """The cache's part for this backbone, and how much is known to fit into memory at once."""
-        self.backbone.room(self.placed_options.prompt_length)
+        self.backbone.room(self.placed(Options).prompt_length)
         sweep(self.cache)
         o = self.options.backbone
         name = os.path.basename(os.path.abspath(o)) if Path(o).exists() else o  # noqa: PTH100, PTH119 (a link keeps its name)
@@ -200,23 +198,17 @@ class Context:
     @cached_property
     def prompt_space(self) -> Space:
         """The space of whole soft prompts, around the initial prompt that all tasks share."""
-        o = self.placed_options
+        o = self.placed(Options)
         return Space(self.backbone.initial_prompt(o.prompt_length, o.seed, o.initial_text), self.backbone.embedding_rms)
 
-    @cached_property
-    def placed(self) -> dict[str, Any]:
-        """The settings that were given, and others that have their own default behind the input."""
-        return (BEHIND if self.backbone.prompt_at == "end" else {}) | self.given
-
-    @cached_property
+    @property
     def tuning(self) -> TuneConfig:
         """How jobs are tuned."""
-        return settled(TuneConfig, self.placed)
+        return self.placed(TuneConfig)
 
-    @cached_property
-    def placed_options(self) -> Options:
-        """The options, of which some have another default where the prompt stands behind the input."""
-        return settled(Options, self.placed)
+    def placed(self, kind: type[T]) -> T:
+        """Return settings, of which some have another default where the prompt stands behind the input."""
+        return settled(kind, (BEHIND if self.backbone.prompt_at == "end" else {}) | self.given)
 
     def task(self, name: str) -> Task:
         """Return a task by name."""
@@ -298,7 +290,7 @@ class Context:
         What is generated is at most twice as long as the longest reference of train and validation rows.
         """
         if (task, data_seed) not in self._encoded:
-            sample, length = self.sample(task, data_seed), self.placed_options.prompt_length
+            sample, length = self.sample(task, data_seed), self.placed(Options).prompt_length
             known = self.backbone.encode([*sample.train, *sample.validation], prompt_length=length)
             limit = 2 * known[0].answer_limit
             made = [self.backbone.encode(rows, prompt_length=length, answer_limit=limit) for rows in sample]
@@ -320,11 +312,11 @@ class Context:
 
     def row_tokens(self, rows: Sequence[Example]) -> float:
         """Return about how many tokens a row of these is, its prompt among them: English has some four letters a token."""
-        return self.placed_options.prompt_length + fmean(len(e.input) for e in rows) / 4
+        return self.placed(Options).prompt_length + fmean(len(e.input) for e in rows) / 4
 
     def header(self, kind: str, **more: Any) -> dict[str, Any]:
         """Return the part that all headers share, and more."""
-        of, o = self.backbone, self.placed_options
+        of, o = self.backbone, self.placed(Options)
         shared = {"version": FILE_VERSION, "backbone": of.fingerprint, "precision": str(of.model.dtype).removeprefix("torch.")}
         shared |= {"prompt_at": of.prompt_at, "chat": of.layout.chat, "seed": o.seed, "prompt_length": o.prompt_length}
         shared |= {"decoding": o.decoding, "max_length": of.max_length, "kind": kind}

@@ -6,7 +6,6 @@ Gain, which what the model can do anyway cannot inflate; intervals over tasks; t
 import itertools
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
@@ -83,14 +82,11 @@ def result_rows(scores: Iterable[Mapping[str, Any]], baseline: Scores, floor: Sc
         baseline: scores of prompt tuning.
         floor: scores without a prompt.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for score in scores:
-        groups[tuple(score.get(name) for name in GROUP)].append(score)
     rows = [
         dict(zip(GROUP, group, strict=True))
         | {"numbers": own[0]["dim"], "candidates": max(score["candidates"] for score in own)}
         | relative_performance({score["task"]: score["value"] for score in own}, baseline, floor)
-        for group, own in groups.items()
+        for group, own in _alike(scores, GROUP).items()
     ]
     spaces = ("subspace", "linear", "random", "random-unscaled", "low-rank", "nearest", "mean", "prompt")
 
@@ -102,6 +98,14 @@ def result_rows(scores: Iterable[Mapping[str, Any]], baseline: Scores, floor: Sc
     return sorted(rows, key=order)
 
 
+def _alike(items: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Return the values that items have under some names -> the items that have them, in the order in which they come."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(tuple(map(item.get, names)), []).append(item)
+    return groups
+
+
 def dimensions_needed(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Return, by space and quantity, the smallest dim at which a space recovers 90 % of prompt tuning's gain.
 
@@ -110,14 +114,12 @@ def dimensions_needed(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
     Between the dims that were run, gain is taken to be linear in the logarithm of dim. A space that recovers as much at the
     smallest dim that was run needs at most that; one that never does has None.
     """
-    gains: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if "IST" in row["quantity"] and row["start"] == "random" and row["gain"] is not None:
-            gains[row["space"], row["quantity"]][row["dim"]].append(row["gain"])
-    needed: dict[str, dict[str, float | None]] = defaultdict(dict)
-    for (space, quantity), by_dim in gains.items():
-        needed[space][quantity] = _crossing([(dim, fmean(by_dim[dim])) for dim in sorted(by_dim)])
-    return dict(needed)
+    tuned = (row for row in rows if "IST" in row["quantity"] and row["start"] == "random" and row["gain"] is not None)
+    needed: dict[str, dict[str, float | None]] = {}
+    for (space, quantity), own in _alike(tuned, ("space", "quantity")).items():
+        by_dim = sorted(_alike(own, ("dim",)).items())
+        needed.setdefault(space, {})[quantity] = _crossing([(d, fmean(row["gain"] for row in alike)) for (d,), alike in by_dim])
+    return needed
 
 
 def _crossing(points: Sequence[tuple[int, float]]) -> float | None:
@@ -138,24 +140,17 @@ def spread(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         Of each quantity, space and dim: `n_runs`; `e_rel`, `gain` and `mean_score` as means over runs, their standard deviations
         as `_sd`; and `task_sd`, the standard deviation of one task's score over runs, a mean over tasks (the paper's Table 2).
     """
-    about = ("quantity", "space", "dim")
-    figures: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    by_task: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for report in reports:
-        values: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        for score in report["scores"]:
-            key = tuple(score[name] for name in about)
-            by_task[key][score["task"]].append(score["value"])
-            values[key].append(score["value"])
-        rows = {tuple(row[name] for name in about): row for row in report["rows"]}
-        for key, own in values.items():
-            figures[key].append({"e_rel": None, "gain": None} | rows.get(key, {}) | {"mean_score": fmean(own)})
-    told = []
-    for key, runs in figures.items():
-        deviations = [stdev(values) for values in by_task[key].values() if len(values) > 1]
-        row = dict(zip(about, key, strict=True)) | {"n_runs": len(runs), "task_sd": fmean(deviations) if deviations else None}
-        for name in ("e_rel", "gain", "mean_score"):
-            known = [run[name] for run in runs if run[name] is not None]
+    about, told = ("quantity", "space", "dim"), list[dict[str, Any]]()
+    runs = [(_alike(report["scores"], about), _alike(report["rows"], about)) for report in reports]
+    for key in dict.fromkeys(key for scores, _ in runs for key in scores):
+        own = [(scores[key], rows.get(key, [{}])[-1]) for scores, rows in runs if key in scores]
+        by_task = _alike((score for scores, _ in own for score in scores), ("task",)).values()
+        deviations = [stdev(score["value"] for score in alike) for alike in by_task if len(alike) > 1]
+        row = dict(zip(about, key, strict=True)) | {"n_runs": len(own), "task_sd": fmean(deviations) if deviations else None}
+        figures = {name: [run.get(name) for _, run in own] for name in ("e_rel", "gain")}
+        figures["mean_score"] = [fmean(score["value"] for score in scores) for scores, _ in own]
+        for name, values in figures.items():
+            known = [value for value in values if value is not None]
             row |= {name: fmean(known) if known else None, f"{name}_sd": stdev(known) if len(known) > 1 else None}
         told.append(row)
     return told

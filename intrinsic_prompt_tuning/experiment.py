@@ -162,8 +162,7 @@ class Experiment(Context):
         other = copy.copy(self)  # with the backbone, the rows and the split as they are
         other.given = self.given | {"seed": self.options.seed + n, "subspace_seed": self.fitting.subspace_seed + n}
         other.options, other.fitting = settled(Options, other.given), settled(SubspaceConfig, other.given)
-        for follows in ("placed", "placed_options", "prompt_space"):
-            vars(other).pop(follows, None)
+        vars(other).pop("prompt_space", None)
         return other
 
     # --- Making them
@@ -215,14 +214,12 @@ class Experiment(Context):
         Raises:
             IptError: rows cannot be had of a task that has prompts.
         """
-        found: dict[str, list[Result]] = {}
-        for result in self.found("soft-prompt"):
-            if result.header["data_seed"] == COLLECTION_SEED and "start" not in result.header:  # others are no baseline
-                found.setdefault(result.header["task"], []).append(result)
-        had = self.with_rows([task for task in tasks if task in found], COLLECTION_SEED)
-        current = self._used([result for task in had for result in found[task]], self._why_outdated)
-        choices = {task: tuple(result for result in current if result.header["task"] == task) for task in had}
-        return {task: choice for task, choice in choices.items() if choice}
+        plain = [r for r in self.found("soft-prompt") if r.header["data_seed"] == COLLECTION_SEED and "start" not in r.header]
+        made = {result.header["task"] for result in plain}  # prompts of other data or from elsewhere are no baseline
+        had: dict[str, Choice] = dict.fromkeys(self.with_rows([task for task in tasks if task in made], COLLECTION_SEED), ())
+        for result in self._used((r for r in plain if r.header["task"] in had), self._why_outdated):
+            had[result.header["task"]] += (result,)
+        return {task: choice for task, choice in had.items() if choice}
 
     def collected(self) -> dict[str, Choice]:
         """Return the soft prompts of the seen tasks.

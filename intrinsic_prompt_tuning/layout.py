@@ -21,8 +21,6 @@ class Layout:
     """Tokens in front of every input that its tokenizer does not write."""
     after: tuple[int, ...] = ()
     """Tokens behind every input, likewise."""
-    closing: int = 1
-    """How many of an input's own tokens end it, whatever it says."""
     end: int = 0
     """The token behind an answer, in a causal model."""
     chat: bool = False
@@ -47,8 +45,6 @@ class Layout:
 class CausalLayout(Layout):
     """A causal model's, with or without a chat template."""
 
-    closing: int = 0
-
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs; never none, as something must predict the answer."""
         ids = self.tokenizer(list(texts), add_special_tokens=not self.chat).input_ids
@@ -65,12 +61,7 @@ class CausalLayout(Layout):
 
 
 def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
-    """Find out how a causal model's rows are written.
-
-    Args:
-        tokenizer: of transformers.
-        name: of the backbone, for messages.
-        chat: use the tokenizer's template; None: if it has one.
+    """Find out how a causal model's rows are written: by the tokenizer's template where `chat`, or where None and it has one.
 
     Raises:
         IptError: a template is asked for that is not there, or cannot hold a message; or there is no end token.

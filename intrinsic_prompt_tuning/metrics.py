@@ -13,9 +13,15 @@ from statistics import correlation, fmean
 References = Sequence[str]
 
 
-def accuracy(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Return the share of predictions that are a reference, letter case and white space at the ends aside, as in CrossFit."""
-    return _best_reference(predictions, references, lambda p, r: float(p.strip().lower() == r.strip().lower()))
+def row_by_row(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[References]], float]:
+    """Make a metric of a score of one prediction by one reference: the mean over rows of what the best reference gives."""
+    return lambda said, right: fmean(max(score(p, r) for r in refs) for p, refs in zip(said, right, strict=True))
+
+
+@row_by_row
+def accuracy(prediction: str, reference: str) -> float:
+    """Return whether a prediction is a reference, letter case and white space at the ends aside, as in CrossFit."""
+    return float(prediction.strip().lower() == reference.strip().lower())
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
@@ -35,35 +41,30 @@ def normalise_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Return the share of predictions that are a reference after normalisation."""
-    return _best_reference(predictions, references, lambda p, r: float(normalise_answer(p) == normalise_answer(r)))
+@row_by_row
+def exact_match(prediction: str, reference: str) -> float:
+    """Return whether a prediction is a reference after normalisation."""
+    return float(normalise_answer(prediction) == normalise_answer(reference))
 
 
-def token_f1(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Return the mean F1 of normalised words in common (SQuAD's rule)."""
-
-    def f1(prediction: str, reference: str) -> float:
-        p, r = normalise_answer(prediction).split(), normalise_answer(reference).split()
-        common = sum((Counter(p) & Counter(r)).values())
-        return 2 * common / (len(p) + len(r)) if p and r else float(p == r)
-
-    return _best_reference(predictions, references, f1)
+@row_by_row
+def token_f1(prediction: str, reference: str) -> float:
+    """Return the F1 of normalised words in common (SQuAD's rule)."""
+    p, r = normalise_answer(prediction).split(), normalise_answer(reference).split()
+    common = sum((Counter(p) & Counter(r)).values())
+    return 2 * common / (len(p) + len(r)) if p and r else float(p == r)
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Return the mean F1 of the longest common subsequence of words (letters and digits, lower case, no stemming)."""
-
-    def f1(prediction: str, reference: str) -> float:
-        p, r = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
-        lengths = [0] * (len(r) + 1)
-        for word in p:
-            diagonal = 0
-            for j, other in enumerate(r, start=1):
-                diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
-        return 2 * lengths[-1] / (len(p) + len(r)) if p and r else 0.0
-
-    return _best_reference(predictions, references, f1)
+@row_by_row
+def rouge_l(prediction: str, reference: str) -> float:
+    """Return the F1 of the longest common subsequence of words (letters and digits, lower case, no stemming)."""
+    p, r = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    lengths = [0] * (len(r) + 1)
+    for word in p:
+        diagonal = 0
+        for j, other in enumerate(r, start=1):
+            diagonal, lengths[j] = lengths[j], diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+    return 2 * lengths[-1] / (len(p) + len(r)) if p and r else 0.0
 
 
 def matthews(predictions: Sequence[str], references: Sequence[References]) -> float:
@@ -95,10 +96,6 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[References]], float]] = {
     "Matthew-Correlation": matthews,
     "Pearson-Correlation": pearson,
 }
-
-
-def _best_reference(predictions: Sequence[str], references: Sequence[References], score: Callable[[str, str], float]) -> float:
-    return fmean(max(score(p, r) for r in refs) for p, refs in zip(predictions, references, strict=True))
 
 
 def _number(text: str) -> float:

@@ -201,12 +201,7 @@ def tuned_vectors(x: Experiment, scores: Iterable[Result], dim: int | None) -> t
 
 
 def probe(vectors: Any, kinds: Sequence[str]) -> float:
-    """Return the share of tasks whose kind a linear probe finds that was fitted on all others: ridge regression on the kinds.
-
-    Args:
-        vectors: (tasks, dim).
-        kinds: of the tasks.
-    """
+    """Return the share of tasks whose kind ridge regression on vectors (tasks, dim) finds that was fitted on all others."""
     centred, n = vectors - vectors.mean(0), len(vectors)
     products = centred @ centred.T
     products = products * n / max(np.trace(products), 1e-12) + 1  # the 1 is the probe's constant

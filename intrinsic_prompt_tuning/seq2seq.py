@@ -35,12 +35,7 @@ class Seq2Seq:
     prompt_at: Literal["front"] = "front"
 
     def begin(self, soft_prompts: Tensor, input_ids: Sequence[list[int]]) -> Begun:
-        """Run the encoder on `soft prompt + input`.
-
-        Args:
-            soft_prompts: (rows, prompt_length, hidden), float32.
-            input_ids: one list a row; padded here on the right, which no row sees.
-        """
+        """Run the encoder on soft prompts (rows, prompt_length, hidden), float32, and inputs, whose padding no row sees."""
         ids, real = padded(input_ids, self.model.device, before=soft_prompts.shape[1])
         inputs = self.model.get_input_embeddings()(ids)  # (rows, input_length, hidden)
         inputs = torch.cat([soft_prompts.to(inputs.dtype), inputs], dim=1)  # (rows, prompt_length + input_length, hidden)
@@ -48,13 +43,7 @@ class Seq2Seq:
         return Begun(self.model.get_encoder()(inputs_embeds=inputs, attention_mask=mask), mask)
 
     def text_losses(self, begun: Begun, rows: Sequence[int], texts: Sequence[list[int]]) -> Tensor:
-        """Return minus the log-likelihood of texts, summed over their tokens: (texts,), float32.
-
-        Args:
-            begun: rows that have been through the encoder.
-            rows: which row each text is behind.
-            texts: their tokens.
-        """
+        """Return minus the log-likelihood of texts (tokens), each behind the row that `rows` names, summed: (texts,), float32."""
         tokens, real = padded(texts, self.model.device, least=FEW)  # (texts, length)
         start = self.model.generation_config.decoder_start_token_id
         ids = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=start)

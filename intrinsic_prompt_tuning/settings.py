@@ -38,21 +38,15 @@ DATA, TUNING, MACHINE = (partial(Setting, panel=panel) for panel in ("Rows", "Tu
 
 @dataclass(frozen=True, kw_only=True)
 class Manners:
-    """What every command has beside its settings."""
-
-    config: Annotated[Path | None, MACHINE("YAML file of options.")] = None
-    log: Annotated[Path | None, MACHINE("Add what happens to a file, a JSON object a line.")] = None
-    quiet: Annotated[bool, MACHINE("Say nothing but results and errors.")] = False
-    verbose: Annotated[bool, MACHINE("Say every validation, too.")] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharing:
-    """What commands have whose work several processes can share."""
+    """What every command has beside its settings; `processes`: those whose work several processes can share."""
 
     processes: Annotated[
         int | None, MACHINE("Share the work.", least=1, most=64, shown_default="one per core, at most 4, on the testbed, else 1")
     ] = None
+    config: Annotated[Path | None, MACHINE("YAML file of options.")] = None
+    log: Annotated[Path | None, MACHINE("Add what happens to a file, a JSON object a line.")] = None
+    quiet: Annotated[bool, MACHINE("Say nothing but results and errors.")] = False
+    verbose: Annotated[bool, MACHINE("Say every validation, too.")] = False
 
 
 def described(kind: type, name: str) -> tuple[Any, str, Setting] | None:
