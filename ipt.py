@@ -117,8 +117,7 @@ def option(kind: type, name: str, flag: str = "") -> Any:
         return None
     value, own, setting = found
     about: dict[str, Any] = {"show_default": setting.shown_default or False, "rich_help_panel": setting.panel or None}
-    told = typer.Option(flag or own, help=setting.help, min=setting.least, max=setting.most, **about)
-    return Annotated[value | None, told]
+    return Annotated[value | None, typer.Option(flag or own, help=setting.help, min=setting.least, max=setting.most, **about)]
 
 
 def read_config(context: typer.Context, file: Path | None) -> Path | None:
@@ -140,7 +139,8 @@ def read_config(context: typer.Context, file: Path | None) -> Path | None:
         if flag not in known:
             raise IptError(f"{file}: there is no option {flag}{nearest(flag, known)}")
         parameter = flags[here].get(flag)
-        if parameter and (parameter.multiple or name in own or not isinstance(value, list)):  # else it is for other commands
+        others = isinstance(value, list) and any(flag in of and of[flag].multiple for of in flags.values())  # take several
+        if parameter and (parameter.multiple or name in own or not others):
             several = parameter.multiple and not isinstance(value, list)
             context.default_map = {**(context.default_map or {}), parameter.name: [value] if several else value}
     return file

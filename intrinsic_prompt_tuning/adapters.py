@@ -16,6 +16,7 @@ from intrinsic_prompt_tuning.files import digest, read_file, write_bytes, write_
 from intrinsic_prompt_tuning.lazy import Tensor, np, torch
 from intrinsic_prompt_tuning.results import Made, Result
 from intrinsic_prompt_tuning.settings import TESTBED
+from intrinsic_prompt_tuning.tasks import rows_digest
 from intrinsic_prompt_tuning.tuning import outcome
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -168,7 +169,7 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
     scores = [score for score in x.store.found("score")[0] if score.header["stage"] not in ("MSF", "mean", "nearest")]
     made = {result.name: result for result in (*x.store.found("soft-prompt")[0], *x.store.found("intrinsic-vector")[0])}
     exported = {prompt.result.name for prompt in prompts.values()}
-    ours = [score for score in scores if score.header["of"] and exported & {*score.header["of"][0]}]
+    ours = [s for s in scores if s.header["of"] and exported & {*s.header["of"][0]} and _is_of_today(x, s)]
     # A score is of the best of its candidates, which is not known when some are gone.
     tests = {x.store.best(of)[0].name: score for score in ours if (of := x.store.complete(score.header["of"][0], made))}
     for folder, prompt in prompts.items():
@@ -185,6 +186,14 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
             write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
         else:  # perhaps that of an earlier export, of which nothing else is left
             (folder / CONFIG).unlink(missing_ok=True)
+
+
+def _is_of_today(x: Experiment, score: Result) -> bool:
+    """Tell whether a score is on the test rows that its task has now."""
+    try:
+        return bool(score.header["test"] == rows_digest(x.sample(score.header["task"], COLLECTION_SEED).test))
+    except IptError:  # they cannot be had
+        return False
 
 
 def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template: str, test: Mapping[str, Any]) -> str:

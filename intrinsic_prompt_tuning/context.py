@@ -108,7 +108,7 @@ class Context:
         """The folder of all results."""
         self.left_out: dict[str, str] = {}
         """Task or file -> why it could not be used."""
-        self.told: tuple[str, Mapping[str, Any]] | None = None
+        self.told: tuple[str, Mapping[str, str]] | None = None
         """The command that this is for, and all its options."""
         known, own = find_tasks(options.tasks_file, options.data, options.columns, options.kind)
         self.tasks = known | own
@@ -143,17 +143,18 @@ class Context:
         return found or self.own or list(self.roles)
 
     def tell(self, command: str, flags: Mapping[str, str]) -> None:
-        """Take a command, and settings -> its flags; keep its options, but for what is empty or follows from prompt_at."""
-        groups = (self.options, settled(TuneConfig, self.given), self.fitting, self.rates)
-        known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
-        known = {name: value for name, value in known.items() if name not in BEHIND} | self.given
-        self.told = command, {flag[2:]: known[name] for name, flag in flags.items() if name in known and flag.startswith("--")}
+        """Take a command, and settings -> its flags."""
+        self.told = command, flags
 
     def keep_notes(self) -> None:
         """Write the file of options that reproduces the command, once, and what was found out about memory."""
         self.remember_budgets()
         if self.told:
-            (command, options), self.told = self.told, None
+            (command, flags), self.told = self.told, None
+            groups = (self.placed(Options), self.tuning, self.fitting, self.rates)
+            known = {f.name: value for g in groups for f in fields(g) if (value := getattr(g, f.name)) not in (None, TASKS_FILE)}
+            known |= self.given
+            options = {flag[2:]: known[name] for name, flag in flags.items() if name in known and flag.startswith("--")}
             plain = json.loads(json.dumps(options, default=str))
             text = f"# {versions()}\n# ipt {command} --config THIS_FILE\n{yaml.safe_dump({command: plain})}"
             write_bytes(self.cache / "commands" / f"{command}-{digest(plain)[:8]}.yaml", text.encode())

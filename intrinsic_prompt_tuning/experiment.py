@@ -105,8 +105,10 @@ class Experiment(Context):
         for subspace in by_name.values():
             if subspace.header["space"] == "subspace":
                 own = dict(zip(subspace.header["prompts"], subspace.inputs, strict=True))
-                shown = {task: own.get(task, c) for task, c in prompts.items() if task in own or self.roles[task] != "seen"}
-                wanted += [self._score("MSF", task, choice, (subspace,)) for task, choice in shown.items()]
+                for task, choice in prompts.items():
+                    made = own.get(task, choice)  # of rows that the task has no more, it says nothing of the task
+                    if made[0].header["data"] == choice[0].header["data"] and (task in own or self.roles[task] != "seen"):
+                        wanted.append(self._score("MSF", task, made, (subspace,)))
         # One space after the other, as they are large; their tasks in the split's order, on which a bootstrap depends.
         order: dict[str | None, int] = {name: n for n, name in enumerate((None, *by_name, *prompts))}
         tuned = [choice for choice in vectors if choice[0].header["task"] in prompts]
@@ -130,10 +132,9 @@ class Experiment(Context):
             about |= {"space": "prompt", "dim": self.prompt_space.dim} | ({"subspace": of} if of else {})
         header = self.header(
             "score", stage=stage, task=task, metric=self.task(task).metric, test=rows_digest(sample.test),
-            of=[names(choice) for choice in inputs], **about,
+            data=sample_digest(sample), of=[names(choice) for choice in inputs], **about,
         )  # fmt: skip
         if stage == "one answer for all":
-            header["data"] = sample_digest(sample)
             return Result(header, cost=Cost(steps=1))
         rows = len(sample.test) + (len(inputs) * len(sample.train) if stage == "nearest" else 0)
         return Result(header, inputs, Cost(0, rows, rows * self.row_tokens(sample.test), steps=1))
@@ -281,9 +282,15 @@ class Experiment(Context):
         raise IptError(f"the cache holds {len(found)} subspaces of dim {dim}{none}: name one with --subspace: {known}")
 
     def found_vectors(self, subspaces: Iterable[Result], tasks: Sequence[str] = ()) -> list[Choice]:
-        """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace."""
+        """Return vectors in these subspaces and prompts that started from others: choices by task, data seed, start, subspace.
+
+        Of tasks that are named, also prompts of other data seeds, which are no baseline.
+        """
         known: dict[str | None, Choice] = {subspace.name: (subspace,) for subspace in subspaces} | {None: ()}
-        warm = [prompt for prompt in self.found("soft-prompt", aloud=False) if "start" in prompt.header]
+        warm = [
+            prompt for prompt in self.found("soft-prompt", aloud=False)
+            if "start" in prompt.header or (tasks and prompt.header["data_seed"] != COLLECTION_SEED)
+        ]  # fmt: skip
         found = [result for result in (*self.found("intrinsic-vector"), *warm) if not tasks or result.header["task"] in tasks]
         rows, left_out = dict[tuple[str, int], bool](), {*self.left_out}
 
@@ -318,6 +325,11 @@ class Experiment(Context):
             told = f"{self.store.folder} holds no soft prompt of {what}: run 'ipt collect' first"
             raise IptError("; ".join([told, *self.left_out.values()]))
         subspaces = self.found_subspaces()
+        for made in subspaces:
+            own = [choice for choice in made.inputs if choice[0].header["task"] in prompts]
+            if old := sum(any(map(self._why_outdated, choice)) for choice in own):
+                told = f"{old} of its {len(made.inputs)} soft prompts are of other rows than their tasks have now"
+                self.say_once(f"subspace {made.name[:8]}: {told}")
         vectors = self.found_vectors(subspaces)
         alone = "tasks without a soft prompt to compare with"  # whose scores are not described either
         self._used(itertools.chain(*vectors), lambda result: "" if result.header["task"] in prompts else alone)

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from intrinsic_prompt_tuning.errors import IptError, UnwritableError, damaged, s
 from intrinsic_prompt_tuning.lazy import Tensor, torch
 
 FILE_VERSION = 2
+LEFTOVER = 600
+"""Seconds after which a temporary file that nobody writes to is one that was left."""
 
 
 def digest(value: Any) -> str:
@@ -70,15 +73,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process of this machine was writing when it was killed."""
+    """Remove what a process of this machine was writing when it was killed, minutes ago.
+
+    A machine's name and a process's number are not enough: a process in another container may have both, and live.
+    """
     half = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d+)")
     for parent, _, names in os.walk(folder) if os.name == "posix" else ():  # folders may go meanwhile
         for match in filter(None, map(half.fullmatch, names)):
             with contextlib.suppress(OSError, OverflowError):  # it is another person's, or no number of a process
+                left = Path(parent, match[0])
                 try:
                     os.kill(int(match[1]), 0)  # asks only whether it lives
                 except ProcessLookupError:
-                    Path(parent, match[0]).unlink()
+                    if left.lstat().st_mtime < time.time() - LEFTOVER:
+                        left.unlink()
 
 
 def write_file(path: Path, header: Mapping[str, Any], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from intrinsic_prompt_tuning.context import Context
 from intrinsic_prompt_tuning.errors import IptError, damaged
-from intrinsic_prompt_tuning.files import digest, read_file
+from intrinsic_prompt_tuning.files import LEFTOVER, digest, read_file
 from intrinsic_prompt_tuning.lazy import torch
 from intrinsic_prompt_tuning.reporter import size, table_text
 from intrinsic_prompt_tuning.results import UNFINISHED, Claims
@@ -41,7 +41,7 @@ def cache_files(cache: Path, query: str = "*") -> dict[Path, tuple[str, int]]:
         sample, match = path.parts[0] == "samples", PLACE.fullmatch(path.as_posix())
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
             about = (cache / path).lstat()
-            if not match or stat.S_ISLNK(about.st_mode) or (match[1] and about.st_mtime > time.time() - 600):
+            if not match or stat.S_ISLNK(about.st_mode) or (match[1] and about.st_mtime > time.time() - LEFTOVER):
                 continue  # not ipt's, or being written
             kind = "samples" if sample else "unfinished" if path.suffix == UNFINISHED else path.parent.name
             kind = "leftovers" if match[1] else kind

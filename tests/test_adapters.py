@@ -252,6 +252,15 @@ def test_a_card_tells_the_test_score_of_its_own_prompt(empty: Place, tmp_path: P
     ]
 
 
+def test_a_card_tells_no_score_on_test_rows_that_its_task_has_no_more(empty: Place, tmp_path: Path) -> None:
+    empty.good("collect", "--seen", *SHORT)
+    empty.good("eval", "--test-rows", 3)
+    empty.good("export", "--task", TASK, "--out", tmp_path / "one")
+    assert "not measured" in (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    empty.good("export", "--task", TASK, "--out", tmp_path / "two", "--test-rows", 3)
+    assert "test n: 3" in (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+
+
 def test_all_tasks_that_have_something_are_exported_at_once(t5_place: Place, empty: Place, tmp_path: Path) -> None:
     done = t5_place.good("export", "--all", "--out", tmp_path / "all")
     assert "7 of 7 tasks had a prompt" in done.err

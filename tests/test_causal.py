@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import yaml
 from conftest import save_tokenizer, spread, words_of
 from torch import Tensor
 
@@ -544,6 +545,8 @@ def test_a_prompt_behind_the_input_has_defaults_of_its_own_text_and_steps(folder
         assert "initial_text" not in x.header("soft-prompt")
         assert not x.prompt_space.initial_prompt.equal(embeddings)
     assert [x.tuning.steps for x in (behind, front, of(steps=7))] == [200, 1000, 7]
-    for x, options in ((behind, {}), (of(steps=7), {"steps": 7})):  # what is left open stays open in --config
-        x.tell("tune", {"steps": "--steps"})
-        assert x.told == ("tune", options)
+    for x, steps in ((behind, 200), (of(steps=7), 7)):  # also where it follows from the place
+        x.tell("tune", {"steps": "--steps", "initial_text": "--initial-text"})
+        x.keep_notes()
+        told = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (tmp_path / "commands").iterdir()]
+        assert {"tune": {"steps": steps, "initial-text": "Answer:"}} in told

@@ -627,6 +627,16 @@ def test_prompts_of_other_data_seeds_are_no_baseline(x: Experiment) -> None:
     assert x.found_prompts(x.roles) == {}
 
 
+def test_a_prompt_of_another_data_seed_answers_where_its_task_is_named(x: Experiment, build: Build) -> None:
+    for choice in x.soft_prompts(["mood-good"], 21).values():
+        save(x, choice, {"soft_prompt": made_up(x)["mood-good"]})
+    for source in ("best", "prompt"):
+        assert tuned_prompts(build(), ["mood-good"], source)["mood-good"].result.name == choice[0].name
+    with pytest.raises(IptError, match="holds no tuned prompt of task 'mood-good'"):
+        tuned_prompts(build(), ["mood-good"], "collected")
+    assert build().found_vectors([]) == [], "eval has no row for it"
+
+
 def test_a_seen_task_without_a_prompt_is_named_and_left_out_only_when_asked(x: Experiment, build: Build) -> None:
     save_prompts(x, ["mood-good", "count-next"])
     with pytest.raises(IptError, match=r"3 seen tasks .*animal-class, thing-plural, mood-opposite-choice.*--skip-missing"):
@@ -717,6 +727,28 @@ def test_subspaces_of_other_tasks_or_of_prompts_that_are_gone_are_not_used_and_t
     other = build()
     assert other.found_subspaces() == []
     assert told(other) == ["not used: 1 subspaces of soft prompts that are gone"]
+
+
+def test_what_a_subspace_was_made_of_is_told_and_not_scored_once_rows_are_others(x: Experiment, build: Build) -> None:
+    subspace = save_subspace(x, save_prompts(x))
+    other = build(shots=5)
+    for task, choice in other.soft_prompts(other.named("seen", "unseen")).items():
+        save(other, choice, {"soft_prompt": made_up(x).get(task, made_up(x)["mood-good"])})
+    again = build(shots=5)
+    stages = [score.header["stage"] for score in again.wanted_scores() if score.header.get("subspace") == subspace.name]
+    assert stages == ["MSF", "MSF"], "of the unseen tasks alone"
+    assert f"subspace {subspace.name[:8]}: 5 of its 5 soft prompts are of other rows than their tasks have now" in told(again)
+
+
+def test_every_score_is_of_the_rows_that_its_task_has(x: Experiment, build: Build) -> None:
+    """By training rows the nearest prompt is found, and by them and validation rows the longest answer."""
+    prompts, fewer = save_prompts(x), build(shots=5)
+    subspace = save_subspace(x, prompts)
+    for task in ("mood-good", "day-then-count"):
+        names = [
+            {s.name for s in by.scores({task: prompts.get(task, prompts["mood-good"])}, [subspace], [])} for by in (x, fewer)
+        ]
+        assert names[0] and not names[0] & names[1]
 
 
 def test_a_random_space_of_an_older_cache_which_starts_elsewhere_is_no_longer_used(x: Experiment, build: Build) -> None:

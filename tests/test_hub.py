@@ -489,6 +489,8 @@ def test_a_task_holds_its_row_as_written_and_its_words_unless_its_files_may_chan
     files = {"train": "https://example.org/a.csv", "validation": "https://example.org/b.csv"}
     from_the_net = GOOD | {"dataset": "csv", "data_files": files}
     assert hub_task("x", from_the_net, Path("f.yaml")).definition == from_the_net
+    of_a_folder = GOOD | {"dataset": "csv", "reader": {"data_dir": "mine"}}
+    assert hub_task("x", of_a_folder, Path("f.yaml")).definition is None
 
 
 RECORD = {"q": "ask", "a": ["x", "y"], "letters": ["p", "q"], "right": "y", "many": ["b", "a", "", "b"]}

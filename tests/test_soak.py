@@ -18,7 +18,7 @@ from conftest import files_in, run_ipt
 
 import ipt
 from intrinsic_prompt_tuning import backbone, finding
-from intrinsic_prompt_tuning.files import read_file, sweep, write_bytes
+from intrinsic_prompt_tuning.files import LEFTOVER, read_file, sweep, write_bytes
 from intrinsic_prompt_tuning.passes import Budget
 
 SHORT = ("--steps", 6, "--evaluations", 3, "--batch-size", 3, "--subspace-steps", 5, "--dim", 6)
@@ -98,23 +98,29 @@ def test_processes_of_one_command_that_are_stopped_save_what_is_under_way_and_sa
     assert not list(tmp_path.glob("*/.claims"))
 
 
+def touched_long_ago(path: Path) -> None:
+    path.touch()
+    os.utime(path, (0, time.time() - 2 * LEFTOVER))
+
+
 def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     write_bytes(tmp_path / "scores" / "whole", b"whole")
     writers = []
     for name in ("dead", "living"):
         writer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        (tmp_path / "scores" / f".{name}.{os.uname().nodename}-{writer.pid}").touch()
+        touched_long_ago(tmp_path / "scores" / f".{name}.{os.uname().nodename}-{writer.pid}")
         writers.append(writer)
     node = os.uname().nodename
     for where in ("elsewhere", f"{node}-2"):  # other machines, one of them named almost like this one
-        (tmp_path / "scores" / f".far.{where}-{writers[0].pid}").touch()
-    (tmp_path / "scores" / f".odd.{node}-x").touch()
+        touched_long_ago(tmp_path / "scores" / f".far.{where}-{writers[0].pid}")
+    touched_long_ago(tmp_path / "scores" / f".odd.{node}-x")
+    (tmp_path / "scores" / f".fresh.{node}-{writers[0].pid}").touch()  # of a process in another container, perhaps
     try:
         writers[0].kill()
         writers[0].wait()
         sweep(tmp_path)
         left = sorted(path.name.split(".")[1] if path.name[0] == "." else path.name for path in (tmp_path / "scores").iterdir())
-        assert left == ["far", "far", "living", "odd", "whole"]
+        assert left == ["far", "far", "fresh", "living", "odd", "whole"]
     finally:
         for writer in writers:
             writer.kill()
@@ -123,7 +129,7 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writ
 
 def test_what_another_person_s_process_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = tmp_path / f".whole.{os.uname().nodename}-1"
-    half.touch()
+    touched_long_ago(half)
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -138,7 +144,7 @@ def test_what_another_person_left_and_what_no_process_can_have_written_stay(
 ) -> None:
     left = [tmp_path / f".whole.{os.uname().nodename}-{number}" for number in (2**22 + 1, 10**30)]
     for path in left:
-        path.touch()
+        touched_long_ago(path)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -55,6 +55,14 @@ def rows_of(data: Path, **more: Any) -> list[Example]:
     return sorted((*sample.train, *sample.validation, *sample.test), key=lambda row: row.input)
 
 
+def test_a_label_s_rows_are_counted_by_their_first_reference(tmp_path: Path) -> None:
+    """So that K rows of each are drawn, however many references some of them have."""
+    rows = [{"text": f"row {n}", "label": [("no", "yes")[n % 2], *["of course"] * (n % 4 > 1)]} for n in range(80)]
+    train, validation, _ = only(write_lines(tmp_path / "multi.jsonl", *rows)).draw(100, 8, None)
+    for part in (train, validation):
+        assert Counter(row.answers[0] for row in part) == {"no": 8, "yes": 8}
+
+
 # --- What is understood --------------------------------------------------------------------------
 
 

@@ -15,14 +15,14 @@ def crossfit_sample(rows: Sequence[Example], *, seed: int, k: int, per_label: bo
         rows: The whole training set, in the order of its files.
         seed: Of numpy's legacy generator, which shuffles a copy of `rows`.
         k: Rows per label where `per_label`, else in total: train takes the first so many, validation the next.
-        per_label: A label is the answer's text; labels follow each other in the order of their first row after the shuffle.
+        per_label: A label is a row's first reference; labels follow each other in the order of their first row after the shuffle.
 
     Returns:
         Train and validation rows. A label with too few rows gives fewer, as in CrossFit.
     """
     groups: dict[str, list[Example]] = {}
     for row in shuffled(rows, seed):
-        groups.setdefault("\t".join(row.answers) if per_label else "", []).append(row)
+        groups.setdefault(row.answers[0] if per_label else "", []).append(row)
     train = tuple(row for group in groups.values() for row in group[:k])
     validation = tuple(row for group in groups.values() for row in group[k : 2 * k])
     return train, validation

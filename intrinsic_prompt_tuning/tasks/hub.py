@@ -280,7 +280,8 @@ def hub_task(name: str, row: Any, file: Path) -> Task:
     read = read_hub_row(name, row, file)
     source = " ".join(filter(None, [read.dataset, read.config, read.revision, read.unavailable and "unavailable"]))
     is_path = read.dataset.startswith((".", "/", "~")) or (read.dataset != "" and Path(read.dataset).exists())
-    remote = all("://" in data_file and not data_file.startswith("file:") for data_file in read.data_files.values())
+    files = read.data_files.values()  # without any, a reader finds its own
+    remote = bool(files) and all("://" in data_file and not data_file.startswith("file:") for data_file in files)
     is_local = is_path or (read.dataset in READERS and not remote)  # a person may change such files at any time
     return Task(
         name=name, kind=read.kind, metric=read.metric, draw=read.draw, source=source, splits=read.splits, category=read.category,
