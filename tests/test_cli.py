@@ -764,12 +764,7 @@ def test_what_a_file_says_to_all_commands_stops_none_that_it_is_not_for(
     assert_done(cli("collect", *SHORT, "--config", config, "--dry-run"))
     config.write_text("collect: {dim: [250, 10], start: subspace}\n", encoding="utf-8")
     assert cli("collect", "--config", config).code == 2
-    for wrong in (
-        "data: [moods.csv]",
-        "tries: [2]",
-        "backbone: [gpt]",
-        "columns: [text, stars]",
-    ):  # of which no command takes several
+    for wrong in ("data: [moods.csv]", "tries: [2]", "columns: [text, stars]"):  # of which no command takes several
         config.write_text(f"{wrong}\n", encoding="utf-8")
         assert cli("collect", "--config", config, "--dry-run").code, wrong
 
