@@ -21,6 +21,8 @@ from intrinsic_prompt_tuning.tuning import outcome
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KINDS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+SIZES = {"num_attention_heads": "num_attention_heads", "num_layers": "num_hidden_layers"}
+"""What PEFT asks of models whose configuration has other names for it (MPT) -> transformers' names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,8 @@ def read_prompt(x: Experiment, path: Path, task: str | None, task_id: int | None
         IptError: it is of another kind, size, model or task, or damaged.
     """
     config, header, record, tensors = _content(path)
+    if (kind := header.get("kind", "soft-prompt")) not in ("soft-prompt", "intrinsic-vector"):
+        raise IptError(f"{path} is a {kind}, expected a soft prompt or an intrinsic vector")
     here = {"backbone": x.backbone.fingerprint, "prompt_at": x.backbone.prompt_at, "chat": x.backbone.layout.chat, "task": task}
     for name, expected in here.items():
         if expected is not None and header.get(name, expected) != expected:
@@ -181,6 +185,7 @@ def export_prompts(x: Experiment, prompts: Mapping[Path, TunedPrompt], kind: str
             "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM", "inference_mode": True,
             "base_model_name_or_path": base, "num_virtual_tokens": len(prompt.soft_prompt), "token_dim": x.backbone.hidden,
             "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM",
+            **{name: size for name, of in SIZES.items() if (size := getattr(x.backbone.model.config, of, None))},
         }  # fmt: skip
         if kind == "peft":
             write_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
@@ -199,6 +204,7 @@ def _is_of_today(x: Experiment, score: Result) -> bool:
 def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template: str, test: Mapping[str, Any]) -> str:
     """Return what a person needs to know of a prompt, and code that uses it behind the model that `base` names."""
     causal, file, layout = isinstance(x.backbone.lm, Causal), Path(x.options.backbone).name, x.backbone.layout
+    generation = x.backbone.model.generation_config.to_diff_dict()  # special tokens alone: see `load_backbone`
     told = {"tokens": len(prompt.soft_prompt), "space": "prompt", "dim": prompt.soft_prompt.numel()} | prompt.result.header
     told |= prompt.record | {f"test_{name}": value for name, value in test.items()}
     shown = "metric data_seed rows validation validation_loss test_score test_n tokens space dim start imported source precision"
@@ -210,6 +216,7 @@ def _card(x: Experiment, prompt: TunedPrompt, folder: Path, base: str, template:
         about="\n".join(f"- {name.replace('_', ' ')}: {told[name]}" for name in shown.split() if name in told),
         base=repr(base) + (f", gguf_file={file!r}" if file.endswith(".gguf") else ""), begin="ids.shape[1]" if causal else "0",
         model="AutoModelForCausalLM" if causal else "AutoModelForSeq2SeqLM", limit=told.get("answer_limit", 20),
+        generation=", ".join(f"{name}={value}" for name, value in generation.items() if name.endswith("_token_id")),
         ids=ids, end=layout.end if causal else x.backbone.model.generation_config.eos_token_id,
         parts="prompt, embed(ids[0])" if x.backbone.prompt_at == "front" else "embed(ids[0]), prompt",
     )  # fmt: skip

@@ -180,16 +180,17 @@ class Backbone:
         texts, most = sorted({text for e in examples for text in (*e.answers, *e.options)}), self.max_length
         if isinstance(self.lm, Causal) and self.positions:  # answers share them with inputs
             most = min(most, self.positions // 2)
-        answers = [own if len(own) <= most else [*own[: most - 1], own[-1]] for own in self.layout.answers(texts)]
-        ids = dict(zip(texts, answers, strict=True))
+        whole = dict(zip(texts, self.layout.answers(texts), strict=True))
+        ids = {text: own if len(own) <= most else [*own[: most - 1], own[-1]] for text, own in whole.items()}
         limit = min(most, answer_limit or max(len(ids[text]) for e in examples for text in e.answers))
         room = self.room(prompt_length, max([limit, *map(len, ids.values())]))
         # Of text far beyond the room only the ends are looked at, so only they need to become tokens.
         end = 64 * room
         inputs = self.layout.inputs([e.input if len(e.input) <= 2 * end else e.input[:end] + e.input[-end:] for e in examples])
+        cut = [len(own) > room or len(whole[e.answers[0]]) > most for own, e in zip(inputs, examples, strict=True)]
         return [
-            Encoded(self._cut(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, len(own) > room)
-            for own, e in zip(inputs, examples, strict=True)
+            Encoded(self._cut(own, e, room), ids[e.answers[0]], [ids[o] for o in e.options], e, limit, is_cut)
+            for own, e, is_cut in zip(inputs, examples, cut, strict=True)
         ]
 
     def _cut(self, ids: list[int], example: Example, room: int) -> list[int]:

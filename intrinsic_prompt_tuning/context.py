@@ -16,7 +16,7 @@ import yaml
 
 from intrinsic_prompt_tuning.backbone import Backbone, Decoding, Encoded, Precision, load_backbone
 from intrinsic_prompt_tuning.causal import PromptAt
-from intrinsic_prompt_tuning.errors import IptError, UnreachableError, UnwritableError, damaged, nearest
+from intrinsic_prompt_tuning.errors import IptError, UnreachableError, UnwritableError, damaged, nearest, short
 from intrinsic_prompt_tuning.files import FILE_VERSION, digest, file_name, sweep, user_cache, write_bytes
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import Tensor, torch
@@ -56,7 +56,7 @@ class Options:
     ] = ""
     shots: Annotated[int, DATA("Rows per label, or half the rows of a task without labels.", least=1, most=10_000)] = 16
     test_rows: Annotated[int, DATA("Test rows of a task, at most.", least=1, most=1_000_000)] = 1000
-    max_length: Annotated[int, DATA("Tokens of prompt and input together.", least=8)] = 512
+    max_length: Annotated[int, DATA("Tokens of prompt and input together, and of an answer.", least=8)] = 512
     decoding: Annotated[Decoding, DATA("options: the most likely option; generate: as CrossFit.")] = "options"
     precision: Annotated[Precision, MACHINE("Of the backbone; what learns is always fp32.")] = "auto"
     device: Annotated[str, MACHINE("auto, cpu, cuda, cuda:1 ...")] = "auto"
@@ -298,7 +298,10 @@ class Context:
             self._encoded[task, data_seed] = made
             if cut := sum(e.truncated for rows in made for e in rows):
                 self.report.say(f"{cut} of {sum(map(len, sample))} rows of {task} are cut to {self.backbone.max_length} tokens")
-            tokens = [token for row in known for token in row.input_ids]
+            if alike := next((e for e in known if len({*map(tuple, e.option_ids)}) < len({*e.example.options})), None):
+                told = f"some of the options {short(', '.join(alike.example.options), 100)} are the same tokens"
+                self.report.say(f"{task}: {told} to {self.backbone.name}, which cannot tell them apart")
+            tokens = [token for row in known for token in (*row.input_ids, *row.target_ids)]
             unknown = tokens.count(self.backbone.tokenizer.unk_token_id) / len(tokens)
             if unknown > MOST_UNKNOWN:
                 share = f"{100 * unknown:.0f} % of the tokens of {task} are words"

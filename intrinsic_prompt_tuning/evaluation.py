@@ -134,14 +134,16 @@ def spread(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return how the rows of the paper's table, and prompt tuning, differ between runs with other seeds.
 
     Args:
-        reports: of the runs, each with `rows` (see `result_rows`) and `scores` (`quantity`, `space`, `dim`, `task`, `value`).
+        reports: of the runs, each with `rows` (see `result_rows`) and `scores` (`quantity`, `role`, `space`, `dim`, `task`,
+            `value`).
 
     Returns:
-        Of each quantity, space and dim: `n_runs`; `e_rel`, `gain` and `mean_score` as means over runs, their standard deviations
+        Of each quantity, space and dim, and of each baseline of seen and of unseen tasks: `n_runs`; `e_rel`, `gain` and `mean_score` as means over runs, their standard deviations
         as `_sd`; and `task_sd`, the standard deviation of one task's score over runs, a mean over tasks (the paper's Table 2).
     """
     about, told = ("quantity", "space", "dim"), list[dict[str, Any]]()
-    runs = [(_alike(report["scores"], about), _alike(report["rows"], about)) for report in reports]
+    named = [[s if s["space"] else s | {"quantity": f"{s['quantity']}, {s['role']}"} for s in r["scores"]] for r in reports]
+    runs = [(_alike(scores, about), _alike(report["rows"], about)) for scores, report in zip(named, reports, strict=True)]
     for key in dict.fromkeys(key for scores, _ in runs for key in scores):
         own = [(scores[key], rows.get(key, [{}])[-1]) for scores, rows in runs if key in scores]
         by_task = _alike((score for scores, _ in own for score in scores), ("task",)).values()
@@ -151,6 +153,7 @@ def spread(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         figures["mean_score"] = [fmean(score["value"] for score in scores) for scores, _ in own]
         for name, values in figures.items():
             known = [value for value in values if value is not None]
+            known = known if len(known) == len(values) else []  # a mean of fewer runs is not what the row says
             row |= {name: fmean(known) if known else None, f"{name}_sd": stdev(known) if len(known) > 1 else None}
         told.append(row)
     return told

@@ -40,8 +40,10 @@ class Experiment(Context):
         self, tasks: Iterable[str], data_seed: int, subspace: Result, start: Start = "random"
     ) -> dict[str, Choice]:
         """Describe an intrinsic vector of each task (IST), one per learning rate and try."""
-        if start != "random" and subspace.header["space"] == "low-rank":
-            raise IptError(f"--start {start} needs a space that prompts can be sent into, which a low-rank one is not")
+        if start != "random" and subspace.header["space"] not in ("subspace", "linear"):
+            raise IptError(
+                f"--start {start} needs a space that prompts can be sent into, which a {subspace.header['space']} one is not"
+            )
         about = {"space": subspace.header["space"], "dim": subspace.header["dim"], "start": start, "subspace": subspace.name}
         return {task: self._tuned("intrinsic-vector", task, data_seed, about, (subspace,)) for task in tasks}
 

@@ -48,6 +48,7 @@ class CausalLayout(Layout):
     def inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of inputs; never none, as something must predict the answer."""
         ids = self.tokenizer(list(texts), add_special_tokens=not self.chat).input_ids
+        ids = [own[:-1] if own[-1:] == [self.end] else own for own in ids]  # some tokenizers end every text
         return [own or ([] if self.before else [self.end]) for own in ids]
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
@@ -83,7 +84,11 @@ def causal_layout(tokenizer: Any, name: str, chat: bool | None) -> CausalLayout:
         manner: Any = {"chat_template": template, "tokenize": False, "enable_thinking": False}
         asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **manner)
         whole = tokenizer.apply_chat_template(turns, **manner)
-        (before, after), (turn, ending, *_) = asked.split(mark), whole.split(answer)
+        thinking = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **manner | {"enable_thinking": True})
+        turn, ending, *_ = whole.split(answer)
+        if asked == thinking and asked.startswith(turn):  # what is more is a thought that it opens whatever it is told
+            asked = turn
+        before, after = asked.split(mark)
         if turn.startswith(asked) and turn[len(asked) :].strip():  # a channel is named in front of an answer (gpt-oss)
             after += turn[len(asked) :]
         ending = tokenizer(ending, add_special_tokens=False).input_ids

@@ -96,15 +96,17 @@ def lines(rows: Sequence[Row], scores: Iterable[Result], across: str) -> dict[st
     spaces = [choice[0] for score in scores for choice in score.inputs if choice[0].kind == "subspace"]
     seen |= {space.name: len(space.header["prompts"]) for space in spaces}
     most = max((seen[row["subspace"]] for row in rows if "(IST)" in row["quantity"]), default=0)
-    found: dict[str, list[Row]] = {}
+    found, seeds = dict[str, list[Row]](), {(row["quantity"], row["data_seed"]) for row in rows}
+    several = Counter(name for name, _ in seeds)  # quantities of several data seeds, each of which is a line
     for row in sorted(rows, key=lambda row: (list(SPACES).index(row["space"]), "(IST)" not in row["quantity"], row["dim"])):
         shown, msf = {**row, "seen_tasks": seen[row["subspace"]]}, "(MSF)" in row["quantity"]
         if (shown["seen_tasks"] != most) if across == "dim" else (msf or "T_train" in row["quantity"]):
             continue
         label = SPACES[row["space"]][0] + ", there and back (MSF)" * msf + STARTS.get(row["start"], "")
         label += f", dim {row['dim']}" if row["dim"] and across != "dim" else ""
+        label += f", data seed {row['data_seed']}" if several[row["quantity"]] > 1 else ""
         if any((other["quantity"], other[across]) == (row["quantity"], shown[across]) for other in found.get(label, ())):
-            label += f", data seed {row['data_seed']}, {row['subspace'][:8]}"  # as the table tells apart what is alike
+            label += f", {row['subspace'][:8]}"  # as the table tells apart what is alike
         found.setdefault(label, []).append(shown)
     return {label: own for label, own in found.items() if across == "dim" or len({row[across] for row in own}) > 1}
 
@@ -127,7 +129,7 @@ def by_number(drawn: Mapping[str, Sequence[Row]], quantity: Quantity, across: st
         same_tasks = role.removesuffix("_diff").removesuffix("_same")
         shown = [row for row in every if row["quantity"] in (panel, *(f"{same_tasks}({s})" for s in ("MSF", "nearest", "mean")))]
         _panel(ax, {label: [row for row in shown if row in own] for label, own in drawn.items()}, quantity, across)
-        n = max(row["n_tasks"] + (quantity == "gain") * row["n_excluded"] for row in shown)
+        n = max(row["n_tasks"] + (quantity == "gain") * row["n_excluded"] for row in shown if row["quantity"] == panel)
         title = f"{'seen' if 'train' in role else 'unseen'} tasks{', other data' * ('diff' in role)}: {panel}, n={n}"
         ax.set(title=title, ylabel=QUANTITIES[quantity])
     name = f"numbers tuned per task, in spaces made of {every[0]['seen_tasks']} seen tasks"

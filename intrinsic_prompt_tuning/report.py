@@ -72,7 +72,7 @@ def told_score(x: Experiment, score: Result) -> dict[str, Any]:
     name = stage if stage in BASELINES else paper_name(stage, role, same_data=header["data_seed"] == COLLECTION_SEED)
     about = {key: header.get(key) for key in ("task", "space", "start", "dim", "data_seed", "subspace")}
     candidates = len(header["of"][0]) if header["of"] else 1
-    return {"quantity": name, **about, "candidates": candidates, "value": record["score"], "n": record["n"]}
+    return {"quantity": name, "role": role, **about, "candidates": candidates, "value": record["score"], "n": record["n"]}
 
 
 # --- For people
@@ -109,7 +109,7 @@ def _figure_text(row: Mapping[str, Any], name: str) -> str | None:
 
 def spread_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """Write means and standard deviations over runs."""
-    heads = "quantity|space|dim|runs|E_rel|gain|mean score|one task's deviation"
+    heads = "quantity|space|dim|runs|E_rel|gain|mean score|task's sd"
     about, figures = ("quantity", "space", "dim", "n_runs"), ("e_rel", "gain", "mean_score")
     cells = [[*map(row.get, about), *(_figure_text(row, name) for name in figures), row["task_sd"]] for row in rows]
     title = "over runs with other orders of rows, starts of vectors, subspaces and data: mean +- standard deviation"

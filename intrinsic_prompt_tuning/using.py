@@ -120,6 +120,8 @@ def predict(x: Experiment, prompts: dict[str, TunedPrompt], lines: Iterable[str]
             example = replace(example, options=example.options or tuple(known[task]["options"]))
             limit = known[task]["answer_limit"]
             (row,) = x.backbone.encode([example], prompt_length=stacked.shape[1], answer_limit=limit)
+            if row.truncated:
+                x.say_once(f"lines that are too long are cut to {x.backbone.max_length} tokens")
             return names.index(task), row
         except IptError as error:
             return Prediction(default, text, error=f"line {number}: {error}")

@@ -236,6 +236,7 @@ def test_an_input_that_is_too_long_loses_its_middle_keeps_its_tail_and_ends_as_b
         assert row.input_ids[:6] == ids[:6]
         fitting = backbone.encode([Example("the fox", ("mild",))], prompt_length=5)[0]
         assert not fitting.truncated
+        assert backbone.encode([Example("the fox", (words,))], prompt_length=5)[0].truncated, "so is an answer"
         assert fitting.input_ids == backbone.tokenizer("the fox").input_ids
 
 

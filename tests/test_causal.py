@@ -230,7 +230,7 @@ def test_rows_of_all_lengths_share_a_pass(folders: dict[str, Path], monkeypatch:
 def test_long_answers_leave_half_of_the_positions_to_the_input(folders: dict[str, Path]) -> None:
     backbone = load_backbone(str(folders["gpt2"]), device="cpu")
     (row,) = backbone.encode([Example("the owl sees " * 5, ("one two " * 20,))], prompt_length=3, answer_limit=80)
-    assert len(row.input_ids) == 15 and not row.truncated
+    assert len(row.input_ids) == 15 and row.truncated, "its answer is cut"
     assert len(row.target_ids) == row.answer_limit == 32 and row.target_ids[-1] == backbone.lm.end
 
 
@@ -371,6 +371,24 @@ def test_a_channel_that_a_template_names_in_front_of_an_answer_stands_there() ->
     layout = causal_layout(bytes_tokenizer("{% for m in messages %}" + say + "{% endfor %}" + ask), "bytes", None)
     ids = [*layout.before, *layout.inputs(["is it"])[0], *layout.after, *layout.answers(["yes"])[0]]
     assert layout.tokenizer.decode(ids) == "[user]is it</s>[assistant]<final>yes</s>"
+
+
+def test_a_template_that_opens_a_thought_whatever_it_is_told_opens_none() -> None:
+    """DeepSeek-R1's, as far as it tells here: what was said has no thought in front."""
+    say = "{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}"
+    ask = "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    layout = causal_layout(bytes_tokenizer("{% for m in messages %}" + say + "{% endfor %}" + ask), "bytes", None)
+    ids = [*layout.before, *layout.inputs(["is it"])[0], *layout.after, *layout.answers(["yes"])[0]]
+    assert layout.tokenizer.decode(ids) == "user: is it</s>assistant: yes</s>"
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_input(folders: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["llama"])
+    plain = causal_layout(tokenizer, "plain", False).inputs(["the owl"])
+    core = tokenizer.backend_tokenizer
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    assert tokenizer("the owl").input_ids == [*plain[0], 1]
+    assert causal_layout(tokenizer, "ending", False).inputs(["the owl", ""]) == [*plain, [1]]
 
 
 def test_an_answer_has_one_space_before_it_where_the_tokenizer_puts_one() -> None:

@@ -160,7 +160,7 @@ def test_eval_prints_one_json_object_with_exactly_the_promised_keys(finished: tu
     assert with_scores == report
     for score in scores:
         assert score.keys() == {
-            "quantity", "task", "space", "start", "dim", "data_seed", "subspace", "candidates", "value", "n",
+            "quantity", "role", "task", "space", "start", "dim", "data_seed", "subspace", "candidates", "value", "n",
         }  # fmt: skip
 
 
@@ -434,20 +434,26 @@ def test_runs_with_other_seeds_are_told_with_their_spread(whole_run: tuple[Path,
     first, second = told["runs"]
     assert len(told["runs"]) == 2 and first["rows"] == json.loads(assert_done(run_ipt(*whole_run[1], "--json")).out)["rows"]
     assert {row["data_seed"] for row in second["rows"] if row["quantity"] == "T_train_diff(IST)"} == {13}
-    wanted = {("T_test(IST)", "subspace", 6), ("T_train_diff(IST)", "random", 4), ("prompt tuning", None, None)}
+    of_seen, of_unseen = (("prompt tuning, seen", None, None), ("prompt tuning, unseen", None, None))
+    wanted = {("T_test(IST)", "subspace", 6), ("T_train_diff(IST)", "random", 4), of_seen, of_unseen}
     spread = {(row["quantity"], row["space"], row["dim"]): row for row in told["spread"]}
     assert wanted <= spread.keys() and all(row["n_runs"] == 2 for row in spread.values())
-    for key in wanted - {("prompt tuning", None, None)}:
+    for key in wanted - {of_seen, of_unseen}:
         one, other = (
             [row["gain"] for row in run["rows"] if (row["quantity"], row["space"], row["dim"]) == key] for run in told["runs"]
         )
-        if None not in (*one, *other):
+        if None in (*one, *other):
+            assert spread[key]["gain"] is None, "a mean is of all runs"
+        else:
             assert spread[key]["gain"] == pytest.approx((one[0] + other[0]) / 2)
             assert spread[key]["gain_sd"] == pytest.approx(abs(one[0] - other[0]) / 2**0.5)
     tuned = [{s["task"]: s["value"] for s in run["scores"] if s["quantity"] == "prompt tuning"} for run in told["runs"]]
     assert tuned[0] != tuned[1] and tuned[0].keys() == tuned[1].keys()
-    mean = sum(abs(tuned[0][task] - tuned[1][task]) / 2**0.5 for task in tuned[0]) / len(tuned[0])
-    assert spread["prompt tuning", None, None]["task_sd"] == pytest.approx(mean)
+    for key, role in ((of_seen, "seen"), (of_unseen, "unseen")):
+        own = {s["task"] for s in first["scores"] if s["role"] == role}
+        assert spread[key]["mean_score"] == pytest.approx(sum(run[task] for run in tuned for task in own) / (2 * len(own)))
+        mean = sum(abs(tuned[0][task] - tuned[1][task]) / 2**0.5 for task in own) / len(own)
+        assert spread[key]["task_sd"] == pytest.approx(mean)
     table = assert_done(run_ipt(*arguments)).out
     assert re.search(r"^T_test\(IST\) +subspace +6 +2 ", table, re.MULTILINE) and max(map(len, table.splitlines())) <= 110
     wide = assert_done(run_ipt(*arguments, "--wide")).out
@@ -831,6 +837,17 @@ def test_a_prompt_of_one_s_own_table_can_be_exported_and_drawn(cli: Cli, tmp_pat
     assert_done(cli("collect", *SHORT, *own))
     assert_done(cli("export", *own, "--task", "moods", "--out", tmp_path / "moods", "--format", "peft"))
     assert (tmp_path / "moods" / "adapter_config.json").exists()
+
+
+def test_options_that_are_the_same_tokens_are_told(cli: Cli, tmp_path: Path) -> None:
+    days = ("monday", "sunday", "tuesday")
+    rows = [f"the {mood} {who} sees one cups on {day},{label}" for day in days for who in ("fox", "owl", "eel", "bat")
+            for mood, label in (("glad", "spam"), ("sorry", "ham"))]  # fmt: skip
+    (tmp_path / "mail.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    told = assert_done(
+        cli("collect", *SHORT, "--data", tmp_path / "mail.csv", "--split", "own", "--shots", 2, "--test-rows", 4)
+    ).err
+    assert "mail: some of the options ham, spam are the same tokens to " in told and told.count("cannot tell them apart") == 1
 
 
 def test_what_a_command_was_told_is_kept_in_a_file_that_reproduces_it(cli: Cli, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from helpers import Listener
 from torch import Tensor
 
 from intrinsic_prompt_tuning import makers
+from intrinsic_prompt_tuning.adapters import read_prompt
 from intrinsic_prompt_tuning.backbone import Answer
 from intrinsic_prompt_tuning.context import Options, Rates
 from intrinsic_prompt_tuning.errors import IptError, UnreachableError
@@ -749,6 +750,21 @@ def test_every_score_is_of_the_rows_that_its_task_has(x: Experiment, build: Buil
             {s.name for s in by.scores({task: prompts.get(task, prompts["mood-good"])}, [subspace], [])} for by in (x, fewer)
         ]
         assert names[0] and not names[0] & names[1]
+
+
+def test_a_subspace_is_no_prompt_though_it_may_have_the_shape_of_one(x: Experiment) -> None:
+    subspace = x.subspace("low-rank", 6, save_prompts(x))
+    x.make([subspace])
+    with pytest.raises(IptError, match="is a subspace, expected a soft prompt or an intrinsic vector"):
+        read_prompt(x, x.store.path(subspace), "mood-good")
+
+
+@pytest.mark.parametrize("kind", ["random", "random-unscaled", "low-rank"])
+def test_a_start_nearby_needs_a_space_that_prompts_can_be_sent_into(x: Experiment, kind: Any) -> None:
+    """What an untrained network makes of a prompt has nothing to do with what it makes of that."""
+    subspace = x.subspace(kind, 6, save_prompts(x))
+    with pytest.raises(IptError, match=f"--start nearest needs a space .* a {kind} one is not"):
+        x.intrinsic_vectors(["day-then-count"], 100, subspace, "nearest")
 
 
 def test_a_random_space_of_an_older_cache_which_starts_elsewhere_is_no_longer_used(x: Experiment, build: Build) -> None:

@@ -17,8 +17,9 @@ import scipy.cluster.hierarchy
 import scipy.spatial.distance
 from conftest import Cli, Result, run_ipt
 
+from intrinsic_prompt_tuning import results
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, probe, similarity
+from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, lines, probe, similarity
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, load_tasks
 
 SHORT = ("--steps", 4, "--evaluations", 2)
@@ -140,6 +141,21 @@ def test_lines_show_values_and_intervals_of_their_panel_s_tasks_and_nothing_with
     assert test.get_title() == "unseen tasks: T_test(IST), n=21"
     assert train.get_title() == "seen tasks, other data: T_train_diff(IST), n=21"
     assert [tick.get_text() for tick in test.get_xticklabels()] == ["0", "10", "250"]
+
+
+def test_a_panel_s_number_of_tasks_is_that_of_what_was_tuned() -> None:
+    rows = [row_of("T_test(IST)", "subspace", 10, 0.6, n_tasks=3, n_excluded=0), row_of("T_test(MSF)", "subspace", 10, 0.5)]
+    (axes,) = by_number({"learned subspace": rows}, "gain", "dim").axes
+    assert axes.get_title() == "unseen tasks: T_test(IST), n=3"
+
+
+def test_each_data_seed_is_a_line() -> None:
+    of = {"start": "random", "subspace": "0123456789"}
+    tuned = [row_of("T_train_diff(IST)", "subspace", dim, 0.6, data_seed=seed, **of) for dim, seed in ((4, 21), (4, 13), (2, 21))]
+    score = results.Result({"kind": "score", "stage": "mean", "subspace": of["subspace"]})
+    found = lines(tuned, [score], "dim")
+    told = {label: [(row["dim"], row["data_seed"]) for row in own] for label, own in found.items()}
+    assert told == {"learned subspace, data seed 21": [(2, 21), (4, 21)], "learned subspace, data seed 13": [(4, 13)]}
 
 
 def test_an_interval_without_an_end_leaves_the_picture_and_one_task_alone_has_none() -> None:

@@ -237,6 +237,24 @@ def test_options_of_a_template_are_the_object_s_own(tmp_path: Path) -> None:
         parse_input(tasks, "choose", '{"mood": "which", "task": "talk"}')
 
 
+def test_a_line_keeps_its_tail_and_that_it_is_cut_is_told(
+    tuned: tuple[Path, Cli], tasks_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rows that `eval` scores: the options at their end are the last that may go."""
+    tasks = load_tasks(tasks_file)
+    line = json.dumps({"input": "which | fox | owl", "tail": 12})
+    _, row = parse_input(tasks, "mood-good", line)
+    assert (row.input, row.tail) == ("which | fox | owl", 12)
+    for wrong in (99, -1, "x"):
+        with pytest.raises(IptError, match="expected a tail within the input"):
+            parse_input(tasks, "mood-good", json.dumps({"input": "which", "tail": wrong}))
+    (path,) = tuned[0].glob("*/soft-prompts/mood-good-*")
+    for most, told in ((60, 0), (8, 1)):
+        say(monkeypatch, f"{line}\n{line}\n")
+        done = tuned[1]("predict", "--task", "mood-good", "--from", path, "--max-length", most)
+        assert done.code == 0 and done.err.count("lines that are too long are cut to 8 tokens") == told, done.err
+
+
 def test_the_probabilities_of_options_add_up_to_one_though_the_data_repeat_one() -> None:
     told = _prediction("t", Example("x", ("",), ("red", "red", "blue")), Answer("red", math.nan, (1.0, 1.0, 1.0)))
     assert told.options == pytest.approx({"red": 0.5, "blue": 0.5})

@@ -136,7 +136,9 @@ def parse_input(tasks: Mapping[str, Task], default: str, line: str) -> tuple[str
             text: Any = row.get("input", row.get(tasks[task].column))
             if not isinstance(options, list) or not all(isinstance(part, str) for part in (text, *options)):
                 raise IptError("expected text in input, and a list of texts in options")
-            example = Example(text, ("",), tuple(dict.fromkeys(options)))
+            if not (isinstance(tail := row.get("tail", 0), int) and 0 <= tail <= len(text)):
+                raise IptError("expected a tail within the input")
+            example = Example(text, ("",), tuple(dict.fromkeys(options)), tail)
         "".join([example.input, *example.options]).encode()  # what is no text does not survive this
     except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise IptError(f"expected text, or a JSON object with input or the template's columns ({short(error, 200)})") from error
