@@ -138,8 +138,9 @@ def spread(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             `value`).
 
     Returns:
-        Of each quantity, space and dim, and of each baseline of seen and of unseen tasks: `n_runs`; `e_rel`, `gain` and `mean_score` as means over runs, their standard deviations
-        as `_sd`; and `task_sd`, the standard deviation of one task's score over runs, a mean over tasks (the paper's Table 2).
+        Of each quantity, space and dim, and of each baseline of seen and of unseen tasks: `n_runs`; `e_rel`, `gain` and
+        `mean_score` as means over runs, their standard deviations as `_sd`; and `task_sd`, the standard deviation of one task's
+        score over runs, a mean over tasks (the paper's Table 2). A figure that a run lacks has no mean.
     """
     about, told = ("quantity", "space", "dim"), list[dict[str, Any]]()
     named = [[s if s["space"] else s | {"quantity": f"{s['quantity']}, {s['role']}"} for s in r["scores"]] for r in reports]
