@@ -624,3 +624,14 @@ def test_a_start_that_is_not_there_is_said(empty: Place, t5_place: Place) -> Non
     assert "data-seed 21 --dim 9'" in t5_place.refused(
         "collect", "--task", TASK, "--start", "subspace", "--data-seed", 21, "--dim", 9
     )
+
+
+def test_a_prompt_that_stood_behind_the_input_is_not_put_in_front_of_it(
+    places: Callable[[str], Place], shared_options: list[object], tmp_path: Path
+) -> None:
+    place = Place(shared_options, places("llama").folder, tmp_path / "cache")
+    place.good("collect", *SHORT, "--task", TASK, "--prompt-at", "end")
+    (path,) = place.cache.glob(f"*/soft-prompts/{TASK}-*")
+    for command in (("predict", "--from"), ("import",)):
+        said = place.refused(*command, path, "--task", TASK)
+        assert "was made for another prompt_at: end, expected front" in said

@@ -27,7 +27,7 @@ from conftest import SHORT, TASKS_FILE, Cli, Result, commands, files_in, run_ipt
 import ipt
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.context import Options, Rates
-from intrinsic_prompt_tuning.evaluation import dimensions_needed, result_rows
+from intrinsic_prompt_tuning.evaluation import GROUP, dimensions_needed, result_rows
 from intrinsic_prompt_tuning.files import read_file
 from intrinsic_prompt_tuning.finding import SubspaceConfig
 from intrinsic_prompt_tuning.lazy import datasets
@@ -1335,3 +1335,41 @@ def test_a_terminated_command_saves_what_is_under_way_and_exits_with_143(shared_
     assert process.returncode == 143, told
     assert "stopped: what is done is kept" in told
     assert list(tmp_path.glob("*/soft-prompts/*.unfinished")) and not list(tmp_path.glob("*/.claims"))
+
+
+def test_the_figures_of_a_report_follow_from_the_scores_of_its_tasks(finished: tuple[Path, Cli]) -> None:
+    """Worked out by hand: what all else is compared with, gain, and on which tasks a prompt adds nothing."""
+    report = report_of(finished[1], "--per-task")
+    tuned, floor, one = (
+        {s["task"]: s["value"] for s in report["scores"] if s["quantity"] == stage}
+        for stage in ("prompt tuning", "no prompt", "one answer for all")
+    )
+    unseen = {"even-or-good", "day-then-count"}
+    for role, own in (("seen", tuned.keys() - unseen), ("unseen", unseen)):
+        means = [sum(side[task] for task in own) / len(own) for side in (tuned, floor, one)]
+        told = report["prompt_tuning"][role]
+        assert [told[name] for name in ("mean_score", "no_prompt", "one_answer")] == pytest.approx(means)
+    poor = {task for task in tuned if tuned[task] <= floor[task]}
+    assert {*report["no_better_than_no_prompt"]} == poor and 0 < len(poor) < len(tuned)
+    gains = []
+    for row in report["rows"]:
+        own = {s["task"]: s["value"] for s in report["scores"] if all(s[name] == row[name] for name in GROUP)}
+        gained, possible = (sum(side[task] - floor[task] for task in own) for side in (own, tuned))
+        gains += [(row["gain"], pytest.approx(gained / possible))] if possible > 1e-6 else []
+        assert row["mean_score"] == pytest.approx(sum(own.values()) / len(own))
+    assert gains and all(told == right for told, right in gains)
+
+
+def test_every_run_of_several_has_a_data_seed_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    assert_done(cli("run", *SHORT, "--dim", 4, "--seeds", 4, "--dry-run"))
+    drawn = {path.name.split("_")[2] for path in (tmp_path / "cache").glob("samples/mood-good-*/*/*_train.jsonl")}
+    assert drawn == {"100", "21", "13", "42", "87"}
+
+
+def test_a_quick_run_is_of_17_tasks_and_80_steps_unless_others_are_asked_for(tmp_path: Path) -> None:
+    rows = []
+    for steps in ((), ("--steps", 80), ("--steps", 5)):
+        plan = assert_done(run_ipt("run", "--quick", "--dry-run", "--processes", 1, "--cache", tmp_path, *steps)).err
+        rows += re.findall(r"^plan: 17 soft prompts to make, 0 made before; at most ([\d,]+) rows", plan, re.MULTILINE)
+    quick, same, few = (int(count.replace(",", "")) for count in rows)
+    assert quick == same == few + 17 * (80 - 5)

@@ -214,3 +214,9 @@ def test_the_dimensions_needed_are_told_by_space_and_quantity_of_intrinsic_vecto
         "subspace": {"T_test(IST)": 8.0, "T_train_same(IST)": 16.0},
     }
     assert dimensions_needed([]) == {}
+
+
+def test_of_several_subspaces_or_data_seeds_of_one_dim_the_mean_gain_counts() -> None:
+    rows = [row(2, 0.5), row(8, 0.5), row(8, 1.3), row(32, 1.1)]  # 0.5, 0.9, 1.1
+    assert dimensions_needed(rows) == {"subspace": {"T_test(IST)": pytest.approx(8)}}
+    assert dimensions_needed(rows[::-1]) == dimensions_needed(rows)

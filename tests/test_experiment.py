@@ -34,7 +34,7 @@ from intrinsic_prompt_tuning.settings import TESTBED_SETTINGS, settled
 from intrinsic_prompt_tuning.spaces import freed, linear_space, unit_of, untrained_space
 from intrinsic_prompt_tuning.tasks import Sample, load_tasks
 from intrinsic_prompt_tuning.tuning import TuneConfig
-from intrinsic_prompt_tuning.using import tuned_prompts
+from intrinsic_prompt_tuning.using import tuned_prompts, warm_starts
 
 Build = Callable[..., Experiment]
 
@@ -1265,3 +1265,67 @@ def test_one_validation_row_and_a_label_that_training_never_shows_give_scores_al
     told_scores = {score.header["stage"]: x.store.read(score)[0] for score in scores}
     assert told_scores["one answer for all"] == {"score": 0.5, "n": 4}, "the label that never occurs in train is never right"
     assert all(0 <= record["score"] <= 1 and record["n"] == 4 for record in told_scores.values())
+
+
+def test_a_subspace_of_a_grid_of_which_one_prompt_is_gone_is_not_used(build: Build) -> None:
+    """The prompt that is gone may have been the best of its grid."""
+    x = build(learning_rate=[0.1, 0.3])
+    prompts = save_prompts(x)
+    save_subspace(x, prompts)
+    assert len(build().found_subspaces()) == 1
+    x.store.path(prompts["mood-good"][1]).unlink()
+    other = build()
+    assert other.found_subspaces() == []
+    assert told(other) == ["not used: 1 subspaces of soft prompts that are gone"]
+
+
+def test_a_score_is_of_the_prompt_that_its_stage_names(x: Experiment) -> None:
+    """MSF: there and back through the subspace. IST: the vector back-projected."""
+    seen, unseen = save_prompts(x), x.soft_prompts(["even-or-good"])
+    save(x, unseen["even-or-good"], {"soft_prompt": made_up(x, seed=1)["mood-good"]})
+    subspace, theta = save_subspace(x, seen), torch.linspace(-1, 1, 6)
+    (vector,) = x.intrinsic_vectors(["even-or-good"], 100, subspace).values()
+    save(x, vector, {"intrinsic_vector": theta})
+    space, prompts = x.space(subspace), made_up(x) | {"even-or-good": made_up(x, seed=1)["mood-good"]}
+    checked = []
+    for score in x.scores(seen | unseen, [subspace], [vector]):
+        stage, own = score.header["stage"], prompts[score.header["task"]][None]
+        expected = {"prompt tuning": own, "MSF": space.back_project(space.project(own)), "IST": space.back_project(theta[None])}
+        if stage in expected:
+            torch.testing.assert_close(makers.prompt_of(x, score), expected[stage][0])
+            checked.append(stage)
+    assert {stage: checked.count(stage) for stage in checked} == {"prompt tuning": 6, "MSF": 6, "IST": 1}
+
+
+def test_a_two_stage_prompt_starts_from_the_learned_subspace_and_the_same_rows(x: Experiment) -> None:
+    """However much better a vector of another space or of other rows is."""
+    prompts = save_prompts(x)
+    learned, rival = save_subspace(x, prompts), x.subspace("random", 6, prompts)
+    x.make([rival])
+    validations = {(learned.name, 100): 0.5, (learned.name, 21): 0.9, (rival.name, 100): 0.8}
+    made = {}
+    for (name, seed), validation in validations.items():
+        (choice,) = x.intrinsic_vectors(["mood-good"], seed, learned if name == learned.name else rival).values()
+        save(x, choice, {"intrinsic_vector": torch.full((6,), validation)}, validation)
+        made[name, seed] = choice[0].name
+    for seed in (100, 21):
+        starts = warm_starts(x, "subspace", ["mood-good"], seed, None)
+        assert starts["mood-good"]["start_prompt"] == made[learned.name, seed]
+    best = tuned_prompts(x, ["mood-good"], "vector")["mood-good"]
+    assert best.result.name == made[learned.name, 21]
+
+
+def test_a_vector_of_the_dim_that_is_asked_for_answers(x: Experiment) -> None:
+    prompts, names = save_prompts(x), dict[int, str]()
+    for dim, validation in ((4, 0.5), (6, 0.9)):
+        (choice,) = x.intrinsic_vectors(["mood-good"], 100, save_subspace(x, prompts, dim)).values()
+        save(x, choice, {"intrinsic_vector": torch.zeros(dim)}, validation)
+        names[dim] = choice[0].name
+    found = {dim: tuned_prompts(x, ["mood-good"], "vector", {"dim": dim})["mood-good"].result.name for dim in (4, 6)}
+    assert found == names
+
+
+def test_how_many_rows_are_cut_is_said(build: Build) -> None:
+    x = build(max_length=10)
+    x.encoded("count-next", 100)
+    assert told(x) == ["26 of 26 rows of count-next are cut to 10 tokens"]

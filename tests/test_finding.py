@@ -11,11 +11,12 @@ import torch
 from helpers import collection, rows_of, summed_losses
 from torch import Tensor
 
+from intrinsic_prompt_tuning import finding
 from intrinsic_prompt_tuning.backbone import Backbone, Encoded
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.finding import SubspaceConfig, SubspaceFit, _unit_vectors, fit_subspace
 from intrinsic_prompt_tuning.spaces import Space, unit_of, untrained_space
-from intrinsic_prompt_tuning.tasks import Task
+from intrinsic_prompt_tuning.tasks import Example, Task
 
 FIT = SubspaceConfig(inner=13, subspace_steps=40, warmup_steps=60, tasks_per_step=5, rows_per_task=2, subspace_learning_rate=0.1)
 
@@ -259,3 +260,33 @@ def test_an_interruption_between_the_updates_finds_the_states_of_the_last(
     assert float(state["step"]) == 7
     resumed = fit_subspace(t5, prompts, initial, rows, 6, config, unfinished=state)
     assert all(torch.equal(whole[0].weights[name], resumed[0].weights[name]) for name in whole[0].weights)
+
+
+def test_noise_has_the_standard_deviation_that_was_asked_for(
+    t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, back = list[Tensor](), Space.back_project
+
+    def spied(space: Space, theta: Tensor) -> Tensor:
+        seen.append(theta.detach().clone())
+        return back(space, theta)
+
+    monkeypatch.setattr(Space, "back_project", spied)
+    for noise in (0.0, 0.5):
+        fit(t5, tasks, noise=noise, warmup_steps=1, subspace_steps=1)
+    plain, noisy = seen[0], seen[2]  # the first step of each fit: the same weights and prompts
+    assert float((noisy - plain).std()) == pytest.approx(0.5, rel=0.3)
+
+
+def test_every_step_draws_tasks_and_rows_anew(t5: Backbone, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, losses = list[list[Example]](), finding.prompt_losses
+
+    def spied(backbone: Backbone, prompts: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        drawn.append([row.example for _, row in batch])
+        return losses(backbone, prompts, batch)
+
+    monkeypatch.setattr(finding, "prompt_losses", spied)
+    fit(t5, tasks, warmup_steps=0, subspace_steps=30, tasks_per_step=3, rows_per_task=2)
+    assert {len(step) for step in drawn} == {6} and len({tuple(step) for step in drawn}) > 25
+    known = {row.example for task in tasks.values() for row in rows_of(t5, task)}
+    assert len({row for step in drawn for row in step}) > 0.9 * len(known)

@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 import scipy.cluster.hierarchy
 import scipy.spatial.distance
+import torch
 from conftest import Cli, Result, run_ipt
 
 from intrinsic_prompt_tuning import results
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, lines, probe, similarity
+from intrinsic_prompt_tuning.pictures import STYLE, by_number, clustered, components, lines, probe, similarity, tuned_vectors
 from intrinsic_prompt_tuning.tasks import TASKS_FILE, load_tasks
 
 SHORT = ("--steps", 4, "--evaluations", 2)
@@ -272,3 +274,31 @@ def test_tasks_are_ordered_as_scipy_s_average_linkage_joins_them() -> None:
         members[40 + n] = members[int(a)] | members[int(b)]
         at = sorted(order.index(one) for one in members[40 + n])
         assert at == list(range(at[0], at[0] + len(at))), "a cluster stands together"
+
+
+def tuned_score(
+    task: str, dim: int, subspace: str, start: str = "random", seed: int = 100, space: str = "subspace"
+) -> results.Result:
+    """Return the score of a vector, whose numbers a stub of the store reads off its header."""
+    about = {"task": task, "dim": dim, "subspace": subspace, "start": start, "data_seed": seed}
+    vector = results.Result({"kind": "intrinsic-vector", **about})
+    return results.Result({"kind": "score", "stage": "IST", "space": space, **about}, ((vector,),))
+
+
+def test_vectors_are_those_of_the_learned_subspace_with_the_most_tasks_and_of_these_the_largest() -> None:
+    names = ["mood", "animal", "count", "thing"]
+    x: Any = SimpleNamespace(
+        store=SimpleNamespace(best=lambda choice: (None, {}, {"intrinsic_vector": torch.full((choice[0].header["dim"],),
+            float(choice[0].header["data_seed"] + (choice[0].header["start"] != "random")))})),
+        task=lambda name: SimpleNamespace(kind=f"kind of {name}"), roles=dict.fromkeys(names, "seen"),
+    )  # fmt: skip
+    scores = [tuned_score(name, dim, f"s{dim}") for dim in (4, 6) for name in names]
+    scores += [tuned_score(name, 9, "s9") for name in names[:3]]
+    scores += [tuned_score(name, 12, "r12", space="random") for name in names]
+    scores += [tuned_score("mood", 6, "s6", seed=21), tuned_score("mood", 6, "s6", start="nearest")]
+    for order in (scores, scores[::-1]):
+        for dim, shape in ((None, (4, 6)), (4, (4, 4)), (9, (3, 9))):
+            vectors, tasks, kinds, _ = tuned_vectors(x, order, dim)
+            assert vectors.shape == shape and (vectors == 100).all() and kinds == [f"kind of {task}" for task in tasks]
+    with pytest.raises(IptError, match="holds 0 tasks tuned in one learned subspace of dim 12, expected 3"):
+        tuned_vectors(x, scores, 12)

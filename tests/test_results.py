@@ -843,3 +843,28 @@ def test_nothing_is_written_through_a_link_in_the_cache(store: Store, tmp_path: 
     assert outside.read_text(encoding="utf-8") == "precious"
     assert [found.name for found in store.folder.rglob("*") if found.is_file()] == [path.name]
     assert not path.is_symlink() and store.read(one)[0] == RECORD
+
+
+def test_states_are_saved_about_twice_a_minute(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses no more than that."""
+    now, saved = 0.0, list[float]()
+    monkeypatch.setattr(results.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Store, "save_unfinished", lambda store, states: saved.append(now))
+    with results.saving(store, lambda done: None) as after_step:
+        for second in range(100):
+            now = float(second)
+            after_step(dict, 0)
+    assert saved == [31, 62, 93]
+
+
+def test_what_another_process_has_just_made_is_not_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes its file, and gives its claim back, between our look for the file and our claim."""
+    take, bakery = store.claims.take, Bakery(store)
+
+    def late(name: str) -> bool:
+        store.save(Made(ROLLS[0], {"steps": 4}, {"dough": torch.ones(2)}))
+        return take(name)
+
+    monkeypatch.setattr(store.claims, "take", late)
+    bakery.make(ROLLS[:1])
+    assert bakery.made == []

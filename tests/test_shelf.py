@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from test_cli import assert_one_error
 
 import ipt
+from intrinsic_prompt_tuning import report
 from intrinsic_prompt_tuning.backbone import Backbone
 from intrinsic_prompt_tuning.errors import IptError
 from intrinsic_prompt_tuning.files import read_file, write_file
@@ -365,3 +366,50 @@ def test_a_task_that_is_not_there_is_told_before_any_work(made: tuple[Path, Cli]
     mine.write_text("{seen: [mood-good], unseen: [count-next]}", encoding="utf-8")
     assert_one_error(made[1]("eval", "--wrong", "animal-class", "--split", mine), "'animal-class' is not in the split")
     assert_one_error(made[1]("eval", "--wrong", "count-next", "--cache", tmp_path / "new"), "holds no soft prompt of count-next")
+
+
+def test_the_words_of_rm_list_with_ls_what_would_go(made: tuple[Path, Cli], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # nobody can be asked, so that nothing goes
+    for query in ("scores", "*/count-next-*"):
+        totals = [made[1]("cache", do, query).out.splitlines()[-1].split() for do in ("ls", "rm")]
+        assert totals[0] == totals[1] and totals[0][:2] == ["all", str(len(cache_files(made[0], query)))]
+
+
+def test_the_state_of_what_a_living_process_makes_is_left_alone(copied: Path) -> None:
+    folder, name = one(copied, "*/soft-prompts").parent, "0123456789abcdef"
+    state = folder / "soft-prompts" / f"count-next-{name}.unfinished"
+    state.write_bytes(b"half way")
+    claims, command = Claims(folder / ".claims"), ["cache", "rm", "unfinished", "--yes", "--cache", str(copied)]
+    assert claims.take(name)
+    try:  # a process of its own, as locks are a process's
+        done = subprocess.run([sys.executable, ipt.__file__, *command], capture_output=True, text=True, check=False)
+    finally:
+        claims.give_back()
+    assert done.returncode == 0 and "removed 0 of 1 files" in done.stderr and state.exists()
+
+
+def test_an_answer_is_right_if_the_metric_gives_it_full_marks(made: tuple[Path, Cli], monkeypatch: pytest.MonkeyPatch) -> None:
+    """QA-F1: an article counts for nothing, and half of the words right is not right."""
+
+    def said(x: Any, scores: Any) -> dict[str, list[str]]:
+        rows = x.sample("thing-plural", 100).test
+        return {s.name: [f"The {e.answers[0]}!" if n % 2 else f"{e.answers[0]} and" for n, e in enumerate(rows)] for s in scores}
+
+    monkeypatch.setattr(report, "answers_of", said)
+    found = json.loads(made[1]("eval", "--wrong", "thing-plural", "--json").out)
+    assert found["metric"] == "QA-F1" and [row["row"] for row in found["rows"]] == [1, 3, 5, 7, 9]
+    assert all(row["wrong"].keys() == found["prompts"].keys() for row in found["rows"])
+
+
+def test_long_wrong_rows_for_people_are_cut_to_the_terminal(made: tuple[Path, Cli], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the small world fit into 120 columns: here there are 40."""
+    monkeypatch.setattr(ipt.stderr, "width", 40)
+    told = yaml.safe_load(made[1]("eval", "--wrong", "day-then-count").out)["rows"]
+    whole = json.loads(made[1]("eval", "--wrong", "day-then-count", "--json").out)["rows"]
+    assert told and [row["input"] for row in told] == [row["input"][:29] for row in whole]
+    assert all(len(row["input"]) > 29 for row in whole)
+
+
+def test_the_beginning_of_several_names_is_none_of_one(made: tuple[Path, Cli]) -> None:
+    assert len([name for name in files_in(made[0]) if "/count-next-" in name]) > 1
+    assert_one_error(made[1]("show", "count-next-"), "nor the beginning of one result's name")

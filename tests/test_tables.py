@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intrinsic_prompt_tuning.errors import IptError
-from intrinsic_prompt_tuning.tasks import Example, Task, few_shot_files, find_table_tasks
+from intrinsic_prompt_tuning.tasks import Example, Task, few_shot_files, find_table_tasks, tables
 
 
 def write(path: Path, text: str) -> Path:
@@ -461,3 +461,18 @@ def test_a_table_keeps_the_settings_of_the_testbed_and_bad_ones_end_in_one_sente
         "collect", "--data", labelled(tmp_path / "fine.csv", 100), "--cache", tmp_path / "c", "--dry-run", "--processes", 1
     )
     assert done.code == 0 and "at most 528 rows" in done.err, done.err  # 400 steps of one row, four validations of 32
+
+
+def test_an_answer_of_more_than_five_words_on_average_is_long(tmp_path: Path) -> None:
+    for name, words, metric in (("a", "one two three four", "EM"), ("b", "one two three four five", "Rouge-L")):
+        rows = [(f"row {n}", f"{words} {n}") for n in range(30)]  # and a number, which is a word
+        assert only(write_rows(tmp_path / f"{name}.csv", ("input", "output"), *rows)).metric == metric
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = labelled(tmp_path / "a.csv", 40)
+    monkeypatch.setattr(tables, "LARGEST_FILE", path.stat().st_size)
+    assert only(path).words == ("no", "yes")
+    monkeypatch.setattr(tables, "LARGEST_FILE", path.stat().st_size - 1)
+    with pytest.raises(IptError, match=r"a\.csv, line \d+ cannot be read \(a line can have 1,000,000 bytes, a file \d+\)"):
+        only(path)

@@ -498,3 +498,12 @@ def test_the_pace_is_a_step_s_time_over_its_rows_and_a_validation_s_over_its_row
     monkeypatch.setattr(tuning, "validate", takes(16.0))
     jobs = make_jobs(t5, space, tasks)[2:4]  # of 8 validation rows each
     assert tuning.pace_of(t5, space, jobs, TuneConfig(batch_size=3), "options") == (1.0, 1.0)
+
+
+def test_another_try_and_another_seed_take_the_rows_in_another_order(t5: Backbone, tasks: dict[str, Task]) -> None:
+    """A prompt's second try starts where its first did, so with the rows in one order it would be the first once more."""
+    space, config = make_space(t5, "prompt"), TuneConfig(steps=3, batch_size=2, evaluations=1)
+    first = make_job(t5, tasks["count-next"], torch.zeros(space.dim))
+    jobs = [first, dataclasses.replace(first, number=1), dataclasses.replace(first, seed=1)]
+    thetas = [result.theta for result in tune(t5, space, jobs, config, slots=3)]
+    assert len(torch.stack(thetas).unique(dim=0)) == 3
