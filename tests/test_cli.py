@@ -625,26 +625,6 @@ def test_a_resumed_run_goes_on_at_the_newest_state(
     assert files_in(tmp_path / "cache") == uninterrupted
 
 
-def test_an_interrupted_subspace_goes_on_where_it_was(
-    finished: tuple[Path, Cli], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(finished[0], tmp_path / "cache")
-    fit = ("fit-subspace", "--dim", 5, "--dim", 3, "--subspace-steps", 4)
-    assert_done(cli(*fit))
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/subspaces/[53]-*")}
-    for path in (tmp_path / "cache").glob("*/subspaces/[53]-*"):
-        path.unlink()
-    step = torch.optim.Adafactor.step
-    monkeypatch.setattr(torch.optim.Adafactor, "step", raise_at(2 * 202 + 2, step))  # two optimisers, 200 steps before the others
-    assert cli(*fit).code != 0
-    undo(monkeypatch, tmp_path)
-    assert len(list((tmp_path / "cache").glob("*/subspaces/[53]-*.unfinished"))) in (0, 2), "nothing of half an update"
-    assert_done(cli(*fit))
-    again = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*/subspaces/[53]-*")}
-    assert again.keys() == whole.keys()
-    assert_same_tensors(again, whole)
-
-
 # --- Several processes ---------------------------------------------------------------------------
 
 
@@ -1306,35 +1286,6 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(cli: Cli, monkeypatch: pyte
     assert result.code == 130
     assert "stopped: what is done is kept, and the same command goes on from here" in result.err
     assert "Traceback" not in result.err
-
-
-def test_a_terminated_command_saves_what_is_under_way_and_exits_with_143(shared_options: list[object], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        ipt.__file__,
-        "collect",
-        *shared_options,
-        "--cache",
-        tmp_path,
-        "--steps",
-        100_000,
-        "--batch-size",
-        2,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        while not list(tmp_path.glob("*/.claims")):
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(2)
-        process.terminate()
-        _, told = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 143, told
-    assert "stopped: what is done is kept" in told
-    assert list(tmp_path.glob("*/soft-prompts/*.unfinished")) and not list(tmp_path.glob("*/.claims"))
 
 
 def test_the_figures_of_a_report_follow_from_the_scores_of_its_tasks(finished: tuple[Path, Cli]) -> None:

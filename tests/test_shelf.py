@@ -352,12 +352,11 @@ def test_the_wrong_rows_of_every_prompt_add_up_to_its_score(made: tuple[Path, Cl
         assert 1 - len(wrong) / prompt["n"] == pytest.approx(prompt["value"])
 
 
-def test_wrong_rows_for_people_are_cut_to_the_terminal(made: tuple[Path, Cli]) -> None:
+def test_wrong_rows_are_the_same_for_people_and_machines(made: tuple[Path, Cli]) -> None:
     done = made[1]("eval", "--wrong", "day-then-count")
     found = yaml.safe_load(done.out)
     whole = json.loads(made[1]("eval", "--wrong", "day-then-count", "--json").out)
     assert [row["row"] for row in found["rows"]] == [row["row"] for row in whole["rows"]]
-    assert all(len(line) <= 120 for line in done.out.splitlines() if line.startswith("  input"))
 
 
 def test_a_task_that_is_not_there_is_told_before_any_work(made: tuple[Path, Cli], tmp_path: Path) -> None:
@@ -413,3 +412,20 @@ def test_long_wrong_rows_for_people_are_cut_to_the_terminal(made: tuple[Path, Cl
 def test_the_beginning_of_several_names_is_none_of_one(made: tuple[Path, Cli]) -> None:
     assert len([name for name in files_in(made[0]) if "/count-next-" in name]) > 1
     assert_one_error(made[1]("show", "count-next-"), "nor the beginning of one result's name")
+
+
+def test_a_vector_of_the_dim_that_is_named_is_exported_and_answers(made: tuple[Path, Cli], tmp_path: Path) -> None:
+    line = json.dumps({"input": "the glad fox sees one cups on monday", "options": ["monday one", "tuesday two"]})
+    (tmp_path / "line").write_text(line, encoding="utf-8")
+    shares = set()
+    for dim in (4, 9):
+        named = ("--task", "day-then-count", "--from", "vector", "--dim", dim)
+        assert made[1]("export", *named, "--out", tmp_path / f"{dim}").code == 0
+        assert read_file(tmp_path / f"{dim}" / "adapter_model.safetensors")[0]["dim"] == dim
+        by_name, by_file = (
+            json.loads(made[1]("predict", *source, "--input", tmp_path / "line", "--json").out)
+            for source in (named, (*named[:3], tmp_path / f"{dim}"))
+        )
+        assert by_name == by_file
+        shares.add(by_name["options"]["monday one"])
+    assert len(shares) == 2
